@@ -1,0 +1,32 @@
+"""GPT-2: Conv1D projections (weights [in, out]), and an attention scale that may depend on the layer's index."""
+
+import torch
+from torch import nn
+
+from lightprune.anatomy.base import Family
+
+
+@torch.no_grad()
+def _keep_attention_scale(layer: nn.Module, old: int, new: int) -> None:
+    """Fold `1 / (index + 1)` into the query weights, so that a moved layer attends as it did before.
+
+    With `scale_attn_by_inverse_layer_idx` a stock GPT-2 divides its scores by `index + 1`, whatever the index is
+    after the cut; the queries take the factor `(new + 1) / (old + 1)` to undo the change.
+    """
+    attention = layer.attn
+    if not attention.scale_attn_by_inverse_layer_idx:
+        return
+    factor = (new + 1) / (old + 1)
+    queries = slice(0, attention.split_size)
+    attention.c_attn.weight[:, queries] *= factor
+    attention.c_attn.bias[queries] *= factor
+    attention.scaling /= factor
+
+
+GPT2 = Family(
+    model_types=("gpt2",),
+    layers="transformer.h",
+    depth_field="n_layer",
+    layer_index=("attn.layer_idx",),
+    renumber=_keep_attention_scale,
+)

@@ -1,0 +1,107 @@
+"""`StructuredCut`: the callback that executes the plan at its step."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightprune import strategies
+from lightprune.errors import ConfigError
+from lightprune.pipeline import Part, Stage, run_validation
+from lightprune.plan import PruningPlan
+from lightprune.surgery import cut_model
+
+
+class StructuredCut(Part):
+    """Cuts the model physically inside the running fit; the optimizers, schedulers and `global_step` go on.
+
+    Args:
+        at: the optimizer step after which the model is cut. No earlier than the last selector's window and the last
+            regularizer's ends; no later than the run. At the very end of the run there is no recovery (TRSP).
+        validate: run the validation loop just before and just after the cut.
+
+    Attributes:
+        done: whether the model is cut.
+        metrics: what validation logged "before" and "after" the cut.
+        parameters: parameters of the LM "before" and "after" the cut.
+        seconds: how long surgery took, validation excluded.
+    """
+
+    stage = Stage.CUT
+
+    def __init__(self, at: int, validate: bool = True) -> None:
+        self.at = at
+        self.validate = validate
+        self.plan: PruningPlan | None = None
+        self.step: int | None = None
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.parameters: dict[str, int] = {}
+        self.seconds = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether the model is cut."""
+        return self.plan is not None
+
+    def check(self) -> None:
+        pipeline, max_steps = self.pipeline, self.pipeline.trainer.max_steps
+        if sum(part.stage is Stage.CUT for part in pipeline.parts) > 1:
+            raise ConfigError("There is more than one StructuredCut: leave one of them in trainer.callbacks.")
+        if not pipeline.selectors:
+            raise ConfigError("StructuredCut has nothing to cut: add a selector to trainer.callbacks.")
+        for selector in pipeline.selectors:
+            if self.at < selector.stop:
+                raise ConfigError(
+                    f"StructuredCut.at is {self.at}, before {type(selector).__name__} ends its selection at step "
+                    f"{selector.stop}: set StructuredCut.at to at least {selector.stop}."
+                )
+        if max_steps != -1 and max_steps < self.at:
+            raise ConfigError(
+                f"trainer.max_steps is {max_steps}, before the cut at {self.at}: raise trainer.max_steps, or lower "
+                f"StructuredCut.at to at most {max_steps}."
+            )
+
+    def advance(self, step: int) -> None:
+        if self.done or step < self.at:
+            return
+        plan = self.pipeline.plan
+        assert plan is not None, "the timeline was checked: selection ends before the cut"
+        self._measure("before")
+        for part in self.pipeline.parts:
+            part.detach()
+        start = time.perf_counter()
+        strategies.cut_single_device(self.pipeline.trainer, self.pipeline.anatomy, plan)
+        self.seconds = time.perf_counter() - start
+        self.plan, self.step = plan, step
+        self._measure("after")
+
+    def _measure(self, moment: str) -> None:
+        self.parameters[moment] = self.pipeline.anatomy.num_parameters
+        if self.validate:
+            self.metrics[moment] = run_validation(self.pipeline.trainer)
+            self.pipeline.log({f"cut/{moment}/{name}": value for name, value in self.metrics[moment].items()})
+
+    def restructure(self, state: Mapping[str, Any]) -> None:
+        plan = None if state["plan"] is None else PruningPlan.from_dict(state["plan"])
+        anatomy = self.pipeline.anatomy
+        if plan is not None and anatomy.num_layers == plan.num_layers:
+            cut_model(anatomy, plan)
+        elif plan is None and self.done:
+            raise ConfigError(
+                "The checkpoint was saved before the cut and this model is already cut: build the model anew to load it."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "step": self.step,
+            "metrics": self.metrics,
+            "parameters": self.parameters,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.plan = None if state_dict["plan"] is None else PruningPlan.from_dict(state_dict["plan"])
+        self.step = state_dict["step"]
+        self.metrics = state_dict["metrics"]
+        self.parameters = state_dict["parameters"]
+        self.seconds = state_dict["seconds"]

@@ -1,0 +1,76 @@
+"""Gates on decoder layers: hooks that scale what a layer contributes, and bypasses that leave a layer out.
+
+Shapes: B sequences, T tokens, d hidden dimensions, L layers. Hidden states are [B, T, d].
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
+
+Placement = Literal["residual", "output"]
+
+
+def gated(hidden_in: Tensor, hidden_out: Tensor, gate: Tensor, placement: Placement) -> Tensor:
+    """A layer's output under a scalar gate; exactly `hidden_out`, gradients included, where the gate is 1.
+
+    Args:
+        hidden_in: the layer's input X_in [B, T, d].
+        hidden_out: the layer's output X_out [B, T, d], residual included.
+        gate: the scalar s.
+        placement: "output" scales the whole output, s * X_out (TRSP, figure of stage 1); "residual" scales the
+            residual branch, X_in + s * (X_out - X_in), so that s = 0 is the layer left out.
+    """
+    gate = gate.to(hidden_out.dtype)
+    if placement == "output":
+        return hidden_out * gate
+    return torch.lerp(hidden_in.to(hidden_out.dtype), hidden_out, gate)
+
+
+def attach_gate(layer: nn.Module, gates: Tensor, index: int, placement: Placement) -> RemovableHandle:
+    """Gate `layer` by `gates[index]` until the handle is removed; `gates` [L] may be learned or scheduled."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return gated(inputs[0], output, gates[index], placement)
+
+    return layer.register_forward_hook(hook)
+
+
+@contextmanager
+def replaced_forwards(layers: nn.ModuleList, forwards: Mapping[int, Callable[..., Tensor]]) -> Iterator[None]:
+    """Run the layers in `forwards` by other functions inside the context; hooks on them still fire."""
+    replaced = [layers[index] for index in forwards]
+    for layer, forward in zip(replaced, forwards.values(), strict=True):
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in replaced:
+            del layer.forward
+
+
+class Bypass:
+    """Leaves a layer out of the forward pass: hidden states go by it untouched, until `remove` is called.
+
+    Layer 0 is run and its output discarded when there is a KV cache: the cache counts its tokens there, and every
+    later position would be wrong without it.
+    """
+
+    def __init__(self, layer: nn.Module, index: int) -> None:
+        self._layer = layer
+        stock_forward = layer.forward
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index == 0 and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+                stock_forward(hidden_states, *args, **kwargs)
+            return hidden_states
+
+        layer.forward = forward
+
+    def remove(self) -> None:
+        """Let the layer run again."""
+        del self._layer.forward

@@ -1,0 +1,65 @@
+"""Watching the causal LM's forward passes from outside, whatever module calls them.
+
+Shapes: B sequences, T tokens, d hidden dimensions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+
+@dataclass
+class TokenMask:
+    """The attention mask [B, T] of the LM's current forward pass, so that padding weighs nothing in a mean."""
+
+    mask: Tensor | None = None
+
+    def watch(self, lm: PreTrainedModel) -> RemovableHandle:
+        """Follow the model's calls until the handle is removed."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+            self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+        return lm.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of per-token `values` [B, T] over the tokens that are not padding."""
+        if self.mask is None or self.mask.shape != values.shape:
+            return values.mean()
+        weights = self.mask.to(values.dtype)
+        return (values * weights).sum() / weights.sum().clamp(min=1)
+
+
+def on_training_output(layer: nn.Module, use: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """Call `use(X_in, X_out)`, both [B, T, d], after each of the layer's forward passes in training mode.
+
+    What is seen is the layer's own output, before any gate: the hook goes in front of those already there.
+    """
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if module.training:
+            use(inputs[0], output)
+
+    return layer.register_forward_hook(hook, prepend=True)
+
+
+def call_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a call of a causal LM reads, by name: `input_ids`, `attention_mask` and `labels` if given."""
+    named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+    return {
+        name: named[name].detach()
+        for name in ("input_ids", "attention_mask", "labels")
+        if isinstance(named.get(name), Tensor)
+    }
+
+
+@torch.no_grad()
+def copy_to(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same inputs on another device."""
+    return {name: tensor.to(device) for name, tensor in inputs.items()}

@@ -1,0 +1,371 @@
+"""The pipeline: what binds the pruning callbacks of one trainer to its module, its model and its strategy.
+
+Data flows one way: selectors decide a plan, regularizers empty what it removes, the cut executes it, recovery trains
+what is left. Each of these is a `Part`, a callback that only says what it should be after a number of optimizer steps.
+Any part's hook moves all of them, in the order of their stages, so the order of `trainer.callbacks` does not matter.
+
+Two doors lead into a stranger's training, both wrapped on the strategy's instance and removed again afterwards.
+`backward` is where penalties join the loss: behind gradient accumulation's division, before any loss scale, and the same
+for automatic and manual optimization. `optimizer_step` is where weights are held still. The user's own
+`configure_optimizers`, schedulers and clipping never see a gate: gates have an optimizer of their own.
+"""
+
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from weakref import WeakKeyDictionary
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lightprune import strategies
+from lightprune.anatomy import Anatomy, anatomy_of
+from lightprune.errors import ConfigError
+from lightprune.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from lightprune.cut import StructuredCut
+    from lightprune.regularizers.base import Regularizer
+    from lightprune.selectors.base import Selector
+
+Phase = Literal["select", "transfer", "recover", "train"]
+Status = dict[str, int | float | str]
+
+
+class Stage(IntEnum):
+    """The order in which data flows through the parts."""
+
+    SELECT = 0
+    REGULARIZE = 1
+    CUT = 2
+    RECOVER = 3
+
+
+class Part(Callback):
+    """A pruning callback. Subclasses say what they do; the pipeline says when.
+
+    Steps are optimizer steps, `trainer.global_step`: gradient accumulation does not change them.
+    """
+
+    stage: ClassVar[Stage]
+    pipeline: "Pipeline"
+
+    def check(self) -> None:
+        """Refuse, with a ConfigError, settings that cannot work; the model is there, nothing is trained yet."""
+
+    def advance(self, step: int) -> None:
+        """Become what this part has to be once `step` optimizer steps are done. Called often; must be idempotent."""
+
+    def penalty(self) -> Tensor | None:
+        """A scalar to add to the loss of the batch whose forward pass has just run, or None."""
+        return None
+
+    def learn(self) -> None:
+        """Step what this part optimizes by itself; called once per optimizer step, with gradients in place."""
+
+    def restructure(self, state: Mapping[str, Any]) -> None:
+        """Give the model the shape that it had when `state`, this part's, was saved; its weights load next."""
+
+    def status(self) -> Status:
+        """The numbers that matter in this part's phase, for the progress bar."""
+        return {}
+
+    def detach(self) -> None:
+        """Take every hook off the model."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.pipeline = Pipeline.join(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pipeline.check_length()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.pipeline.advance()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if not self.pipeline.weights_held:
+            self.learn()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self.pipeline.advance()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self.pipeline.close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.pipeline.close()
+
+
+class Pipeline:
+    """The parts of one trainer, in the order of their stages, and the model that they work on."""
+
+    _of_trainer: "ClassVar[WeakKeyDictionary[L.Trainer, Pipeline]]" = WeakKeyDictionary()
+
+    def __init__(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.fitting = stage == "fit"
+        self.parts = sorted(
+            (c for c in trainer.callbacks if isinstance(c, Part)), key=lambda part: part.stage
+        )  # type: ignore[attr-defined]
+        self.anatomy: Anatomy
+        self._held: list[nn.Parameter] = []
+        self._unwrap: list[Callable[[], None]] = []
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> "Pipeline | None":
+        """The trainer's pipeline; None if it has no pruning callbacks or has not set them up yet."""
+        return cls._of_trainer.get(trainer)
+
+    @classmethod
+    def join(cls, trainer: L.Trainer, module: L.LightningModule, stage: str) -> "Pipeline":
+        """The trainer's open pipeline; the first part to ask opens it."""
+        pipeline = cls._of_trainer.get(trainer)
+        if pipeline is None or not pipeline._unwrap:
+            pipeline = cls._of_trainer[trainer] = cls(trainer, module, stage)
+            pipeline._open()
+        return pipeline
+
+    # What the parts and the reports ask.
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        """The causal LM inside the module."""
+        return self.anatomy.lm
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.trainer.global_step
+
+    @property
+    def selectors(self) -> "list[Selector]":
+        """The parts that decide the plan."""
+        return [cast("Selector", part) for part in self.parts if part.stage is Stage.SELECT]
+
+    @property
+    def regularizers(self) -> "list[Regularizer]":
+        """The parts that empty what the plan removes."""
+        return [cast("Regularizer", part) for part in self.parts if part.stage is Stage.REGULARIZE]
+
+    @property
+    def cut(self) -> "StructuredCut | None":
+        """The part that executes the plan, if there is one."""
+        return next((cast("StructuredCut", part) for part in self.parts if part.stage is Stage.CUT), None)
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """What is to be cut, once it is decided."""
+        return next((selector.plan for selector in self.selectors), None)
+
+    @property
+    def phase(self) -> Phase:
+        """Where the run stands: selecting, transferring knowledge out of what goes, or recovering from the cut."""
+        if self.cut is not None and self.cut.done:
+            return "recover"
+        if not self.selectors:
+            return "train"
+        return "select" if self.plan is None else "transfer"
+
+    def status(self) -> Status:
+        """The numbers that matter now, of all parts."""
+        return {name: value for part in self.parts for name, value in part.status().items()}
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Write metrics to the trainer's loggers at the current step."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(metrics), step=self.step)
+
+    # Holding weights still.
+
+    @property
+    def weights_held(self) -> bool:
+        """Whether the module's weights stand still at present."""
+        return bool(self._held)
+
+    def hold_weights(self) -> None:
+        """Let no weight of the module move, or cost a gradient, until `release_weights`."""
+        self._held = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        for parameter in self._held:
+            parameter.requires_grad_(False)
+
+    def release_weights(self) -> None:
+        """Let the weights that `hold_weights` stopped move again."""
+        for parameter in self._held:
+            parameter.requires_grad_(True)
+        self._held = []
+
+    # What the trainer drives.
+
+    def advance(self) -> None:
+        """Move every part to where it has to be after the optimizer steps done so far."""
+        for part in self.parts:
+            part.advance(self.step)
+
+    def check_length(self) -> None:
+        """Refuse a run that would end before the cut; epochs, unlike `max_steps`, are only known once data is there."""
+        trainer, cut = self.trainer, self.cut
+        if cut is None or cut.done or trainer.max_steps != -1 or trainer.max_epochs in (None, -1):
+            return
+        batches = trainer.num_training_batches
+        steps = (
+            trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
+            if batches != float("inf")
+            else batches
+        )
+        if steps < cut.at:
+            raise ConfigError(
+                f"The run ends after {steps} optimizer steps ({trainer.max_epochs} epochs), before the cut at "
+                f"{cut.at}: raise trainer.max_epochs, or lower StructuredCut.at to at most {steps}."
+            )
+
+    def attach(self) -> None:
+        """Find the model and check every part against it; called once the module has built its layers."""
+        _, lm = find_causal_lm(self.module)
+        self.anatomy = anatomy_of(lm)
+        if self.fitting and not (self.cut is not None and self.cut.done):
+            self._check()
+
+    def close(self) -> None:
+        """Leave the module and the strategy as they were found."""
+        for part in self.parts:
+            part.detach()
+        self.release_weights()
+        while self._unwrap:
+            self._unwrap.pop()()
+
+    def _check(self) -> None:
+        claimed: dict[str, Selector] = {}
+        for selector in self.selectors:
+            rival = claimed.setdefault(selector.structure, selector)
+            if rival is not selector:
+                raise ConfigError(
+                    f"{type(rival).__name__} and {type(selector).__name__} both select {selector.structure}: "
+                    "leave one of them in trainer.callbacks."
+                )
+        for part in self.parts:
+            part.check()
+
+    def _open(self) -> None:
+        strategies.check(self.trainer.strategy)
+        self._wrap(self.module, "configure_model", self._configure_model)
+        self._wrap(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
+        self._wrap(self.trainer.strategy, "backward", self._backward)
+        self._wrap(self.trainer.strategy, "optimizer_step", self._optimizer_step)
+
+    def _wrap(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        """Shadow a method on the instance; `replacement` gets the original first. `close` takes the shadow away."""
+        original = getattr(owner, name)
+        before = vars(owner).get(name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return replacement(original, *args, **kwargs)
+
+        def unwrap() -> None:
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        setattr(owner, name, wrapped)
+        self._unwrap.append(unwrap)
+
+    def _configure_model(self, original: Callable[[], None]) -> None:
+        original()
+        self.attach()
+
+    def _load_checkpoint(
+        self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        checkpoint = original(*args, **kwargs)
+        states = checkpoint.get("callbacks", {})
+        for part in self.parts:
+            if part.state_key in states:
+                part.restructure(states[part.state_key])
+        return checkpoint
+
+    def _backward(
+        self,
+        original: Callable[..., Tensor],
+        loss: Tensor,
+        optimizer: Optimizer | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        for part in self.parts:
+            penalty = part.penalty()
+            if penalty is not None:
+                loss = loss + penalty.to(loss.device) / self.trainer.accumulate_grad_batches
+        if self.weights_held and not loss.requires_grad:
+            return loss
+        return original(loss, optimizer, *args, **kwargs)
+
+    def _optimizer_step(
+        self,
+        original: Callable[..., Any],
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if not self.weights_held:
+            return original(optimizer, closure, *args, **kwargs)
+        result = closure()
+        for part in self.parts:
+            part.learn()
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn that no step came before theirs
+        return result
+
+
+def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
+    """The one Hugging Face causal LM inside `module`, and its dotted path there.
+
+    A module that holds several (a teacher, say) names the one to prune in an attribute `pruned_model`, a dotted path.
+
+    Raises:
+        ConfigError: there is none, or there are several and none is named.
+    """
+    found = {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None
+    }
+    named = getattr(module, "pruned_model", None)
+    if named in found:
+        return named, found[named]
+    if len(found) != 1 or named is not None:
+        where = f" at {', '.join(sorted(found))}" if found else ""
+        raise ConfigError(
+            f"{type(module).__name__} holds {len(found)} Hugging Face causal LMs{where}"
+            + (f", and its `pruned_model` is {named!r}" if named is not None else "")
+            + ": it must hold exactly one, or name the one to prune by its path in the attribute `pruned_model`."
+        )
+    return next(iter(found.items()))
+
+
+def run_validation(trainer: L.Trainer) -> dict[str, float]:
+    """Run the validation loop from inside `fit`, as the training loop itself does, and return what it logged."""
+    connector = trainer._logger_connector
+    first_loop_iter = connector._first_loop_iter
+    trainer.validating = True
+    outputs = trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first_loop_iter
+    return {name: float(value) for output in outputs for name, value in output.items()}

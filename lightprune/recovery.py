@@ -1,0 +1,95 @@
+"""`Recovery`: how the cut model trains."""
+
+import math
+from typing import Any, Literal
+
+from lightprune.errors import ConfigError
+from lightprune.pipeline import Part, Stage, Status
+
+Decay = Literal["constant", "linear", "cosine"]
+
+
+class Recovery(Part):
+    """A learning rate of its own for what is left, counted from the cut.
+
+    It warms up linearly to `lr`, then decays towards the end of the run, and overrides the user's scheduler from the cut
+    on. Parameter groups keep the ratios of their rates: the group with the largest gets `lr`.
+
+    Args:
+        lr: the peak learning rate.
+        warmup_steps: optimizer steps from the cut to the peak.
+        decay: "constant", "linear" or "cosine", down to `final_ratio * lr` at `trainer.max_steps`.
+        final_ratio: what is left of the peak at the end.
+    """
+
+    stage = Stage.RECOVER
+
+    def __init__(
+        self, lr: float, warmup_steps: int = 0, decay: Decay = "constant", final_ratio: float = 0.1
+    ) -> None:
+        self.lr = lr
+        self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
+        self.final_ratio = final_ratio
+        self._ratios: list[list[float]] | None = None
+
+    def check(self) -> None:
+        if self.pipeline.cut is None:
+            raise ConfigError(
+                "Recovery counts from the cut, and there is none: add a StructuredCut to trainer.callbacks."
+            )
+        for key in ("lr", "warmup_steps", "final_ratio"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"Recovery.{key} is {getattr(self, key)}: it must be at least 0.")
+        if self.decay != "constant" and self.pipeline.trainer.max_steps == -1:
+            raise ConfigError(
+                f"Recovery.decay is {self.decay!r} and trainer.max_steps is -1: set trainer.max_steps, the step at "
+                "which the decay ends, or Recovery.decay=constant."
+            )
+
+    def advance(self, step: int) -> None:
+        cut = self.pipeline.cut
+        if cut is None or cut.step is None:
+            return
+        trainer = self.pipeline.trainer
+        if self._ratios is None:
+            largest = max(
+                _own_rate(group) for optimizer in trainer.optimizers for group in optimizer.param_groups
+            )
+            self._ratios = [
+                [_own_rate(group) / largest for group in optimizer.param_groups]
+                for optimizer in trainer.optimizers
+            ]
+        rate = self.lr * rate_factor(
+            step - cut.step, trainer.max_steps - cut.step, self.warmup_steps, self.decay, self.final_ratio
+        )
+        for optimizer, ratios in zip(trainer.optimizers, self._ratios, strict=True):
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                group["lr"] = rate * ratio
+
+    def status(self) -> Status:
+        return (
+            {} if self._ratios is None else {"lr": self.pipeline.trainer.optimizers[0].param_groups[0]["lr"]}
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ratios": self._ratios}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._ratios = state_dict["ratios"]
+
+
+def rate_factor(step: int, steps: int, warmup_steps: int, decay: Decay, final_ratio: float) -> float:
+    """The share of the peak rate for the step that follows `step` others since the cut, out of `steps`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if decay == "constant":
+        return 1.0
+    done = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
+    remaining = 1 - done if decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return final_ratio + (1 - final_ratio) * remaining
+
+
+def _own_rate(group: dict[str, Any]) -> float:
+    """The rate that the group was configured with, before any schedule."""
+    return float(group.get("initial_lr", group["lr"]))

@@ -1,0 +1,112 @@
+"""The difference penalty: stage 2 of TRSP and ELDeR (arXiv 2505.18232)."""
+
+from collections import defaultdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightprune.errors import ConfigError
+from lightprune.observe import TokenMask, on_training_output
+from lightprune.pipeline import Status
+from lightprune.regularizers.base import Order, Regularizer
+
+Norm = Literal["l2", "l1"]
+
+
+def layer_difference(hidden_in: Tensor, hidden_out: Tensor, norm: Norm) -> Tensor:
+    """How much a layer changes each token, per dimension: [B, T] from hidden states [B, T, d].
+
+    l2 is ||X_out - X_in||_2 / sqrt(d), l1 is ||X_out - X_in||_1 / d: the root mean square and the mean absolute change
+    of a dimension. Neither depends on the width d, and its mean over tokens on neither batch nor length. (The paper
+    leaves the reduction open, its code sums over the whole tensor: a strength there is not a strength here.)
+    """
+    difference = (hidden_out - hidden_in).float()
+    if norm == "l1":
+        return difference.abs().mean(-1)
+    # The floor keeps the square root's gradient finite where a layer does nothing at all.
+    return difference.square().mean(-1).clamp(min=1e-12).sqrt()
+
+
+class DifferencePenalty(Regularizer):
+    """Adds `strength * sum over chosen layers of mean over tokens ||X_out - X_in||` to the loss; all weights train.
+
+    TRSP and ELDeR, stage 2: a layer whose output equals its input can be left out, so training under the penalty moves
+    what the layer knew into the others. See `layer_difference` for the norms' reduction. Where a layer is gated as well
+    (`GateAnnealing`), the difference is its own, before the gate.
+
+    Args:
+        strength: lambda_2. Against a loss in nats per token.
+        norm: "l2" (the paper's main setting) or "l1".
+        ramp: "constant", or "linear" from 0 to `strength` through the window.
+        relative: divide each token's difference by the size of its input (a constant to the gradient), so that
+            `strength` does not depend on the scale of the residual stream, which grows with depth in many models.
+        start: the optimizer step at which the penalty begins; None as soon as the plan is decided.
+        stop: the optimizer step at which the ramp is complete; None is the cut's `at`.
+        order: all chosen layers together ("joint"), or one joining after another by depth.
+    """
+
+    def __init__(
+        self,
+        strength: float = 1e-3,
+        norm: Norm = "l2",
+        ramp: Literal["constant", "linear"] = "constant",
+        relative: bool = False,
+        start: int | None = None,
+        stop: int | None = None,
+        order: Order = "joint",
+    ) -> None:
+        super().__init__(start, stop, order)
+        self.strength = strength
+        self.norm: Norm = norm
+        self.ramp = ramp
+        self.relative = relative
+        self._strengths: dict[int, float] = {}
+        self._seen: dict[int, list[Tensor]] = defaultdict(list)
+        self._tokens = TokenMask()
+        self._last = 0.0
+
+    def check(self) -> None:
+        super().check()
+        if self.strength < 0:
+            raise ConfigError(f"DifferencePenalty.strength is {self.strength}: it must be at least 0.")
+
+    def watch(self, layers: list[int]) -> None:
+        self._handles.append(self._tokens.watch(self.pipeline.lm))
+        self._handles += [
+            on_training_output(self.pipeline.anatomy.layers[index], self._record(index)) for index in layers
+        ]
+
+    def _record(self, index: int) -> Any:
+        def use(hidden_in: Tensor, hidden_out: Tensor) -> None:
+            if index not in self._strengths or not torch.is_grad_enabled():
+                return
+            change = layer_difference(hidden_in, hidden_out, self.norm)
+            if self.relative:
+                change = change / layer_difference(torch.zeros_like(hidden_in), hidden_in.detach(), self.norm)
+            self._seen[index].append(self._tokens.mean(change))
+
+        return use
+
+    def apply(self, progress: dict[int, float]) -> None:
+        self._strengths = {
+            index: self.strength * (share if self.ramp == "linear" else 1.0)
+            for index, share in progress.items()
+        }
+
+    def penalty(self) -> Tensor | None:
+        """The penalty of the forward passes since the last call (usually one; their mean if several)."""
+        seen = {index: torch.stack(values).mean() for index, values in self._seen.items()}
+        self._seen.clear()
+        if not seen:
+            return None
+        self._last = float(sum(value.detach() for value in seen.values()))
+        return torch.stack([self._strengths[index] * value for index, value in seen.items()]).sum()
+
+    def detach(self) -> None:
+        super().detach()
+        self._strengths = {}
+        self._seen.clear()
+
+    def status(self) -> Status:
+        return {"difference": self._last} if self._attached else {}

@@ -1,0 +1,140 @@
+"""Greedy perplexity: the search of SLEB (arXiv 2402.09025)."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightprune.gates import replaced_forwards
+from lightprune.observe import call_inputs, copy_to
+from lightprune.pipeline import Status
+from lightprune.selectors.base import Selector
+
+
+class GreedyPerplexitySelector(Selector):
+    """Drops, one after another, the layer whose absence costs the least perplexity (SLEB, algorithm 1; a baseline here).
+
+    The batches of the window are kept (their token ids) and searched at its end. In a round every remaining layer is
+    left out in turn; the hidden states that enter it are cached from one pass over the current model, so that a trial
+    runs only the layers behind it: half of the work of running whole passes.
+
+    Args:
+        drop: how many layers go.
+        start: the optimizer step at which the window opens.
+        stop: the optimizer step at which it closes and the search runs.
+        protect_first: how many of the first layers may not go.
+        protect_last: how many of the last layers may not go.
+    """
+
+    def __init__(
+        self, drop: int, start: int = 0, stop: int = 4, protect_first: int = 0, protect_last: int = 0
+    ) -> None:
+        super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True)
+        self._batches: list[dict[str, Tensor]] = []
+
+    def watch(self) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module.training:
+                self._batches.append(copy_to(call_inputs(args, kwargs), torch.device("cpu")))
+
+        self._handles.append(self.pipeline.lm.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def choose(self) -> tuple[list[int], dict[str, Any]]:
+        self.detach()
+        lm, layers = self.pipeline.lm, self.pipeline.anatomy.layers
+        training = lm.training
+        lm.eval()
+        dropped: list[int] = []
+        history = []
+        with torch.no_grad(), self.pipeline.trainer.precision_plugin.forward_context():
+            for _ in tqdm(range(self.drop), desc="Searching layers", leave=False):
+                losses = self._round(lm, layers, dropped)
+                best = min(losses, key=lambda index: (losses[index], index))
+                dropped.append(best)
+                history.append({"dropped": best, "loss": {str(i): loss for i, loss in losses.items()}})
+                rank_zero_info(f"SLEB: layer {best} goes, loss {losses[best]:.3f}")
+        lm.train(training)
+        self._batches = []
+        return dropped, {"rounds": history}
+
+    def _round(self, lm: nn.Module, layers: nn.ModuleList, dropped: list[int]) -> dict[int, float]:
+        """Mean loss over the kept batches, in nats a token, with each remaining candidate left out in turn."""
+        remaining = [index for index in self.candidates if index not in dropped]
+        sums = dict.fromkeys(remaining, 0.0)
+        tokens = 0
+        for stored in self._batches:
+            inputs = copy_to(stored, self.pipeline.lm.device)
+            entering = entering_states(lm, layers, inputs, dropped)
+            for index in remaining:
+                loss, tokens_here = self._loss_without(lm, layers, inputs, index, dropped, entering[index])
+                sums[index] += loss
+            tokens += tokens_here
+        return {index: total / tokens for index, total in sums.items()}
+
+    @staticmethod
+    def _loss_without(
+        lm: nn.Module,
+        layers: nn.ModuleList,
+        inputs: dict[str, Tensor],
+        index: int,
+        dropped: list[int],
+        entering: Tensor,
+    ) -> tuple[float, int]:
+        """The summed loss and the token count with layer `index` left out; layers up to it are not computed."""
+        ahead = {i: _skip for i in (*range(index), *dropped)}
+        with replaced_forwards(layers, {**ahead, index: lambda *args, **kwargs: entering}):
+            return summed_loss(lm, inputs)
+
+    def status(self) -> Status:
+        return {"kept": len(self._batches)} if self._open else super().status()
+
+    def scores_state(self) -> dict[str, Any]:
+        return {"batches": self._batches}
+
+    def load_scores_state(self, state: dict[str, Any]) -> None:
+        self._batches = state["batches"]
+
+
+def _skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+def entering_states(
+    lm: nn.Module, layers: nn.ModuleList, inputs: dict[str, Tensor], dropped: list[int]
+) -> dict[int, Tensor]:
+    """The hidden states [B, T, d] that enter each layer of the model without the `dropped` layers."""
+    entering: dict[int, Tensor] = {}
+
+    def remember(index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            entering[index] = args[0]
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(remember(index)) for index, layer in enumerate(layers)]
+    try:
+        with replaced_forwards(layers, dict.fromkeys(dropped, _skip)):
+            lm(
+                **{name: value for name, value in inputs.items() if name != "labels"},
+                use_cache=False,
+                logits_to_keep=1,
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return entering
+
+
+def summed_loss(lm: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, int]:
+    """The LM's cross entropy over a batch, summed, in nats, and how many tokens it is over."""
+    logits = lm(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
+    targets = inputs.get("labels", inputs["input_ids"])[:, 1:]
+    if "labels" not in inputs and "attention_mask" in inputs:
+        targets = targets.masked_fill(inputs["attention_mask"][:, 1:] == 0, -100)
+    loss = sum(
+        nn.functional.cross_entropy(row[:-1].float(), target, ignore_index=-100, reduction="sum").item()
+        for row, target in zip(logits, targets, strict=True)
+    )
+    return loss, int((targets != -100).sum())

@@ -1,0 +1,225 @@
+"""Learned layer gates: stage 1 of TRSP and ELDeR (arXiv 2505.18232)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightprune.errors import ConfigError
+from lightprune.gates import Bypass, Placement, attach_gate
+from lightprune.pipeline import Status
+from lightprune.selectors.base import Selector, lowest
+
+
+class LayerGateSelector(Selector):
+    """Learns a scalar gate for every layer under an l1 penalty and drops, round by round, the layers it closes most.
+
+    In a round the gates s_l, which start at 1, learn by Adam on `LM loss + l1 * sum_l |s_l|`; at its end the layers
+    with the smallest |s_l| are left out for good, and the next round learns the gates of the rest (TRSP, stage 1:
+    one layer a round, since a choice made all at once is much worse).
+
+    Args:
+        drop: how many layers go.
+        rounds: over how many rounds; None is one layer a round, 1 is all at once.
+        steps_per_round: optimizer steps a round.
+        start: the optimizer step at which the first round begins.
+        lr: Adam's learning rate for the gates.
+        l1: strength of the l1 penalty. Against a loss in nats per token.
+        placement: what a gate scales: "residual", the layer's branch X_in + s * (f(X_in) - X_in), or "output", the
+            whole output s * X_out, as the paper draws it.
+        restart: put the gates back to 1 at the start of every round.
+        patience: end a round early once the layers it would drop have been the same for so many steps; None waits
+            for every round's end. The window then closes early too, and what follows starts early.
+        protect_first: how many of the first layers may not go.
+        protect_last: how many of the last layers may not go. With "output" the last layer's gate is free to shrink,
+            since the final norm undoes it, so at least one should be protected.
+        hold_weights: freeze the model's weights in the window (TRSP's setting); False trains them along.
+    """
+
+    def __init__(
+        self,
+        drop: int,
+        rounds: int | None = None,
+        steps_per_round: int = 20,
+        start: int = 0,
+        lr: float = 0.05,
+        l1: float = 5e-3,
+        placement: Placement = "residual",
+        restart: bool = True,
+        patience: int | None = None,
+        protect_first: int = 0,
+        protect_last: int = 0,
+        hold_weights: bool = True,
+    ) -> None:
+        self.rounds = drop if rounds is None else rounds
+        self.steps_per_round = steps_per_round
+        super().__init__(
+            drop=drop,
+            start=start,
+            stop=start + self.rounds * steps_per_round,
+            protect_first=protect_first,
+            protect_last=protect_last,
+            hold_weights=hold_weights,
+        )
+        self.lr = lr
+        self.l1 = l1
+        self.placement: Placement = placement
+        self.restart = restart
+        self.patience = patience
+        self._gates = torch.empty(0)
+        self._adam: torch.optim.Adam | None = None
+        self._dropped: list[int] = []
+        self._history: list[dict[str, Any]] = []
+        self._round_steps = 0
+        self._stable_steps = 0
+        self._smallest: list[int] = []
+        self._saved: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        for key in ("l1", "lr"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"LayerGateSelector.{key} is {getattr(self, key)}: it must be at least 0.")
+        if self.steps_per_round < 1:
+            raise ConfigError(
+                f"LayerGateSelector.steps_per_round is {self.steps_per_round}: it must be at least 1."
+            )
+        if not 1 <= self.rounds <= self.drop:
+            raise ConfigError(
+                f"LayerGateSelector.rounds is {self.rounds}: it must be from 1 to drop={self.drop}, or null."
+            )
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(
+                f"LayerGateSelector.patience is {self.patience}: it must be at least 1, or null."
+            )
+
+    @property
+    def round(self) -> int:
+        """The current round, from 0."""
+        return len(self._history)
+
+    @property
+    def remaining(self) -> list[int]:
+        """The layers that still have a gate."""
+        return [index for index in self.candidates if index not in self._dropped]
+
+    def watch(self) -> None:
+        self._start_gates()
+        if self._saved is not None:
+            self._restore(self._saved)
+        for index in self._dropped:
+            self._handles.append(Bypass(self.pipeline.anatomy.layers[index], index))
+        self._attach_remaining()
+
+    def penalty(self) -> Tensor | None:
+        if not self._open or not self.l1:
+            return None
+        return self.l1 * self._gates[self.remaining].abs().sum()
+
+    def learn(self) -> None:
+        """One step of Adam on the gates; under a loss scale the scaler unscales their gradients too."""
+        if not self._open or self._adam is None:
+            return
+        scaler = getattr(self.pipeline.trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            self._adam.step()
+        else:
+            scaler.step(self._adam)
+            if self.pipeline.weights_held:
+                scaler.update()
+        self._adam.zero_grad()
+        self._round_steps += 1
+        smallest = self._smallest_gates()
+        self._stable_steps = self._stable_steps + 1 if smallest == self._smallest else 0
+        self._smallest = smallest
+
+    def advance(self, step: int) -> None:
+        if self._open and self._round_is_over():
+            self._end_round()
+        super().advance(step)
+
+    def settled(self) -> bool:
+        return self.round == self.rounds
+
+    def choose(self) -> tuple[list[int], dict[str, Any]]:
+        assert len(self._dropped) == self.drop, "every optimizer step of the window counts towards a round"
+        return self._dropped, {
+            "rounds": self._history,
+            "placement": self.placement,
+            "l1": self.l1,
+            "lr": self.lr,
+            "steps_per_round": self.steps_per_round,
+        }
+
+    def status(self) -> Status:
+        if not self._open:
+            return super().status()
+        remaining = self._gates.detach()[self.remaining].abs()
+        return {"round": f"{self.round + 1}/{self.rounds}", "gate_min": float(remaining.min())}
+
+    def _quota(self) -> int:
+        """How many layers this round drops: the quota split evenly, larger shares first."""
+        share, extra = divmod(self.drop, self.rounds)
+        return share + (self.round < extra)
+
+    def _smallest_gates(self) -> list[int]:
+        return lowest(self._gates.detach().abs(), self.remaining, self._quota())
+
+    def _round_is_over(self) -> bool:
+        patient = self.patience is None or self._stable_steps < self.patience
+        return self.round < self.rounds and (self._round_steps >= self.steps_per_round or not patient)
+
+    def _end_round(self) -> None:
+        dropped = self._smallest_gates()
+        values = self._gates.detach().tolist()
+        seen = {index: values[index] for index in self.remaining}
+        self._history.append(
+            {"steps": self._round_steps, "dropped": dropped, "gates": {str(i): v for i, v in seen.items()}}
+        )
+        self.pipeline.log({f"select/gate/layer_{i:02d}": value for i, value in seen.items()})
+        self._dropped = self._dropped + dropped
+        self._round_steps = self._stable_steps = 0
+        self._smallest = []
+        while self._handles:
+            self._handles.pop().remove()
+        if self.restart:
+            self._start_gates()
+        for index in self._dropped:
+            self._handles.append(Bypass(self.pipeline.anatomy.layers[index], index))
+        self._attach_remaining()
+
+    def _start_gates(self) -> None:
+        device = self.pipeline.lm.device
+        self._gates = torch.ones(self.pipeline.anatomy.num_layers, device=device, requires_grad=True)
+        self._adam = torch.optim.Adam([self._gates], lr=self.lr)
+
+    def _attach_remaining(self) -> None:
+        layers = self.pipeline.anatomy.layers
+        self._handles += [
+            attach_gate(layers[index], self._gates, index, self.placement) for index in self.remaining
+        ]
+
+    def scores_state(self) -> dict[str, Any]:
+        if self.plan is not None or self._adam is None:
+            return {}
+        return {
+            "gates": self._gates.detach().clone(),
+            "adam": self._adam.state_dict(),
+            "dropped": self._dropped,
+            "history": self._history,
+            "round_steps": self._round_steps,
+            "stable_steps": self._stable_steps,
+            "smallest": self._smallest,
+        }
+
+    def load_scores_state(self, state: dict[str, Any]) -> None:
+        self._saved = state if "gates" in state else None
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        assert self._adam is not None
+        self._gates.data.copy_(state["gates"])
+        self._adam.load_state_dict(state["adam"])
+        self._dropped, self._history = state["dropped"], state["history"]
+        self._round_steps, self._stable_steps = state["round_steps"], state["stable_steps"]
+        self._smallest = state["smallest"]
+        self._saved = None

@@ -1,0 +1,31 @@
+"""Random layers: the baseline that every selector has to beat."""
+
+import random
+from typing import Any
+
+from lightprune.plan import PruningPlan
+from lightprune.selectors.base import Selector
+
+
+class RandomSelector(Selector):
+    """Drops layers at random; decided before the first step.
+
+    Args:
+        drop: how many layers go.
+        seed: of a random generator of its own.
+        protect_first: how many of the first layers may not go.
+        protect_last: how many of the last layers may not go.
+    """
+
+    def __init__(self, drop: int, seed: int = 0, protect_first: int = 0, protect_last: int = 0) -> None:
+        super().__init__(drop, 0, 0, protect_first, protect_last, hold_weights=False)
+        self.seed = seed
+
+    def watch(self) -> None:
+        """Needs no batches."""
+
+    def choose(self) -> tuple[list[int], dict[str, Any]]:
+        return random.Random(self.seed).sample(self.candidates, self.drop), {"seed": self.seed}
+
+    def foresee(self) -> PruningPlan | None:
+        return self.plan or PruningPlan.dropping(self.pipeline.anatomy, self.choose()[0])
