@@ -3,10 +3,14 @@
 from lightprune.anatomy import Anatomy, Family, anatomy_of
 from lightprune.cut import StructuredCut
 from lightprune.errors import ConfigError
+from lightprune.export import ExportHF, export_hf
+from lightprune.module import CausalLM
 from lightprune.pipeline import Pipeline
 from lightprune.plan import PruningPlan
+from lightprune.progress import PruningProgressBar
 from lightprune.recovery import Recovery
 from lightprune.regularizers import DifferencePenalty, GateAnnealing
+from lightprune.report import RunReport
 from lightprune.selectors import (
     BlockInfluenceSelector,
     GreedyPerplexitySelector,
@@ -16,3 +20,26 @@ from lightprune.selectors import (
 )
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Anatomy",
+    "BlockInfluenceSelector",
+    "CausalLM",
+    "ConfigError",
+    "DifferencePenalty",
+    "ExportHF",
+    "Family",
+    "GateAnnealing",
+    "GreedyPerplexitySelector",
+    "LayerGateSelector",
+    "Pipeline",
+    "PlanFromFile",
+    "PruningPlan",
+    "PruningProgressBar",
+    "RandomSelector",
+    "Recovery",
+    "RunReport",
+    "StructuredCut",
+    "anatomy_of",
+    "export_hf",
+]

@@ -87,7 +87,7 @@ class StructuredCut(Part):
             cut_model(anatomy, plan)
         elif plan is None and self.done:
             raise ConfigError(
-                "The checkpoint was saved before the cut and this model is already cut: build the model anew to load it."
+                "The checkpoint was saved before the cut and this model is already cut: build it anew to load that."
             )
 
     def state_dict(self) -> dict[str, Any]:

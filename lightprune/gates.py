@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, d hidden dimensions, L layers. Hidden states are 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
 Placement = Literal["residual", "output"]
+
+
+class Handle(Protocol):
+    """Something attached to a model, to be taken off again."""
+
+    def remove(self) -> None:
+        """Take it off."""
 
 
 def gated(hidden_in: Tensor, hidden_out: Tensor, gate: Tensor, placement: Placement) -> Tensor:

@@ -36,15 +36,14 @@ class TokenMask:
         return (values * weights).sum() / weights.sum().clamp(min=1)
 
 
-def on_training_output(layer: nn.Module, use: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
-    """Call `use(X_in, X_out)`, both [B, T, d], after each of the layer's forward passes in training mode.
+def on_output(layer: nn.Module, use: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """Call `use(X_in, X_out)`, both [B, T, d], after each of the layer's forward passes.
 
     What is seen is the layer's own output, before any gate: the hook goes in front of those already there.
     """
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if module.training:
-            use(inputs[0], output)
+        use(inputs[0], output)
 
     return layer.register_forward_hook(hook, prepend=True)
 

@@ -5,8 +5,8 @@ what is left. Each of these is a `Part`, a callback that only says what it shoul
 Any part's hook moves all of them, in the order of their stages, so the order of `trainer.callbacks` does not matter.
 
 Two doors lead into a stranger's training, both wrapped on the strategy's instance and removed again afterwards.
-`backward` is where penalties join the loss: behind gradient accumulation's division, before any loss scale, and the same
-for automatic and manual optimization. `optimizer_step` is where weights are held still. The user's own
+`backward` is where penalties join the loss: behind gradient accumulation's division, before any loss scale, and the
+same for automatic and manual optimization. `optimizer_step` is where weights are held still. The user's own
 `configure_optimizers`, schedulers and clipping never see a gate: gates have an optimizer of their own.
 """
 
@@ -88,9 +88,7 @@ class Part(Callback):
     ) -> None:
         self.pipeline.advance()
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if not self.pipeline.weights_held:
             self.learn()
 
@@ -104,27 +102,26 @@ class Part(Callback):
     ) -> None:
         self.pipeline.advance()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.pipeline.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.pipeline.close()
 
 
+_PIPELINES: "WeakKeyDictionary[L.Trainer, Pipeline]" = WeakKeyDictionary()
+
+
 class Pipeline:
     """The parts of one trainer, in the order of their stages, and the model that they work on."""
 
-    _of_trainer: "ClassVar[WeakKeyDictionary[L.Trainer, Pipeline]]" = WeakKeyDictionary()
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.trainer = trainer
         self.module = module
         self.fitting = stage == "fit"
-        self.parts = sorted(
-            (c for c in trainer.callbacks if isinstance(c, Part)), key=lambda part: part.stage
-        )  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self.parts = sorted((c for c in callbacks if isinstance(c, Part)), key=lambda part: part.stage)
         self.anatomy: Anatomy
         self._held: list[nn.Parameter] = []
         self._unwrap: list[Callable[[], None]] = []
@@ -132,14 +129,14 @@ class Pipeline:
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Pipeline | None":
         """The trainer's pipeline; None if it has no pruning callbacks or has not set them up yet."""
-        return cls._of_trainer.get(trainer)
+        return _PIPELINES.get(trainer)
 
     @classmethod
     def join(cls, trainer: L.Trainer, module: L.LightningModule, stage: str) -> "Pipeline":
         """The trainer's open pipeline; the first part to ask opens it."""
-        pipeline = cls._of_trainer.get(trainer)
+        pipeline = _PIPELINES.get(trainer)
         if pipeline is None or not pipeline._unwrap:
-            pipeline = cls._of_trainer[trainer] = cls(trainer, module, stage)
+            pipeline = _PIPELINES[trainer] = cls(trainer, module, stage)
             pipeline._open()
         return pipeline
 
@@ -154,6 +151,11 @@ class Pipeline:
     def step(self) -> int:
         """Optimizer steps done."""
         return self.trainer.global_step
+
+    @property
+    def training(self) -> bool:
+        """Whether a forward pass now is one of training: a module's own `training` flag may say otherwise."""
+        return self.trainer.training
 
     @property
     def selectors(self) -> "list[Selector]":
@@ -226,9 +228,7 @@ class Pipeline:
             return
         batches = trainer.num_training_batches
         steps = (
-            trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches)
-            if batches != float("inf")
-            else batches
+            trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches) if batches != float("inf") else batches
         )
         if steps < cut.at:
             raise ConfigError(
@@ -291,9 +291,7 @@ class Pipeline:
         original()
         self.attach()
 
-    def _load_checkpoint(
-        self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+    def _load_checkpoint(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint = original(*args, **kwargs)
         states = checkpoint.get("callbacks", {})
         for part in self.parts:
@@ -345,10 +343,10 @@ def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
     found = {
         name: child
         for name, child in module.named_modules()
-        if isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None
+        if isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
     }
-    named = getattr(module, "pruned_model", None)
-    if named in found:
+    named: str | None = getattr(module, "pruned_model", None)
+    if named is not None and named in found:
         return named, found[named]
     if len(found) != 1 or named is not None:
         where = f" at {', '.join(sorted(found))}" if found else ""

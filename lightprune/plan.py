@@ -108,9 +108,7 @@ class PruningPlan:
         expected = {"format", "model_type", "num_layers", "hidden_size", "kept_layers", "provenance"}
         if not isinstance(values, Mapping) or set(values) != expected:
             found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-            raise ConfigError(
-                f"A pruning plan has exactly the fields {sorted(expected)}; this one has {found}."
-            )
+            raise ConfigError(f"A pruning plan has exactly the fields {sorted(expected)}; this one has {found}.")
         if values["format"] != FORMAT_VERSION:
             raise ConfigError(
                 f"The pruning plan's `format` is {values['format']!r}; this version reads {FORMAT_VERSION}."
@@ -159,9 +157,7 @@ class PruningPlan:
             ConfigError: there is no such file, or it is not a pruning plan.
         """
         if not Path(path).is_file():
-            raise ConfigError(
-                f"There is no pruning plan at {str(path)!r}: name an existing JSON file in `path`."
-            )
+            raise ConfigError(f"There is no pruning plan at {str(path)!r}: name an existing JSON file in `path`.")
         return cls.from_json(Path(path).read_text())
 
 

@@ -12,8 +12,8 @@ Decay = Literal["constant", "linear", "cosine"]
 class Recovery(Part):
     """A learning rate of its own for what is left, counted from the cut.
 
-    It warms up linearly to `lr`, then decays towards the end of the run, and overrides the user's scheduler from the cut
-    on. Parameter groups keep the ratios of their rates: the group with the largest gets `lr`.
+    It warms up linearly to `lr`, then decays towards the end of the run, and overrides the user's scheduler from the
+    cut on. Parameter groups keep the ratios of their rates: the group with the largest gets `lr`.
 
     Args:
         lr: the peak learning rate.
@@ -24,9 +24,7 @@ class Recovery(Part):
 
     stage = Stage.RECOVER
 
-    def __init__(
-        self, lr: float, warmup_steps: int = 0, decay: Decay = "constant", final_ratio: float = 0.1
-    ) -> None:
+    def __init__(self, lr: float, warmup_steps: int = 0, decay: Decay = "constant", final_ratio: float = 0.1) -> None:
         self.lr = lr
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
@@ -53,12 +51,9 @@ class Recovery(Part):
             return
         trainer = self.pipeline.trainer
         if self._ratios is None:
-            largest = max(
-                _own_rate(group) for optimizer in trainer.optimizers for group in optimizer.param_groups
-            )
+            largest = max(_own_rate(group) for optimizer in trainer.optimizers for group in optimizer.param_groups)
             self._ratios = [
-                [_own_rate(group) / largest for group in optimizer.param_groups]
-                for optimizer in trainer.optimizers
+                [_own_rate(group) / largest for group in optimizer.param_groups] for optimizer in trainer.optimizers
             ]
         rate = self.lr * rate_factor(
             step - cut.step, trainer.max_steps - cut.step, self.warmup_steps, self.decay, self.final_ratio
@@ -68,9 +63,7 @@ class Recovery(Part):
                 group["lr"] = rate * ratio
 
     def status(self) -> Status:
-        return (
-            {} if self._ratios is None else {"lr": self.pipeline.trainer.optimizers[0].param_groups[0]["lr"]}
-        )
+        return {} if self._ratios is None else {"lr": self.pipeline.trainer.optimizers[0].param_groups[0]["lr"]}
 
     def state_dict(self) -> dict[str, Any]:
         return {"ratios": self._ratios}

@@ -1,5 +1,7 @@
 """GPT-2: Conv1D projections (weights [in, out]), and an attention scale that may depend on the layer's index."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ def _keep_attention_scale(layer: nn.Module, old: int, new: int) -> None:
     With `scale_attn_by_inverse_layer_idx` a stock GPT-2 divides its scores by `index + 1`, whatever the index is
     after the cut; the queries take the factor `(new + 1) / (old + 1)` to undo the change.
     """
-    attention = layer.attn
+    attention: Any = layer.attn
     if not attention.scale_attn_by_inverse_layer_idx:
         return
     factor = (new + 1) / (old + 1)

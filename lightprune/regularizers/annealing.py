@@ -39,9 +39,7 @@ class GateAnnealing(Regularizer):
     def watch(self, layers: list[int]) -> None:
         anatomy = self.pipeline.anatomy
         self._alpha = torch.ones(anatomy.num_layers, device=self.pipeline.lm.device)
-        self._handles += [
-            attach_gate(anatomy.layers[index], self._alpha, index, "residual") for index in layers
-        ]
+        self._handles += [attach_gate(anatomy.layers[index], self._alpha, index, "residual") for index in layers]
 
     def apply(self, progress: dict[int, float]) -> None:
         for index, share in progress.items():

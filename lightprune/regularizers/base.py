@@ -2,9 +2,8 @@
 
 from typing import Any, Literal
 
-from torch.utils.hooks import RemovableHandle
-
 from lightprune.errors import ConfigError
+from lightprune.gates import Handle
 from lightprune.pipeline import Part, Stage
 
 Order = Literal["joint", "first_to_last", "last_to_first"]
@@ -27,7 +26,7 @@ class Regularizer(Part):
         self.order: Order = order
         self._began: int | None = None
         self._attached = False
-        self._handles: list[Any] = []
+        self._handles: list[Handle] = []
 
     def watch(self, layers: list[int]) -> None:
         """Attach to the layers that the plan removes."""
@@ -46,9 +45,7 @@ class Regularizer(Part):
             raise ConfigError(f"{name} has no plan to work on: add a selector to trainer.callbacks.")
         end = self._end()
         if end is None:
-            raise ConfigError(
-                f"{name}.stop is not set and there is no cut: set `stop`, or add a StructuredCut."
-            )
+            raise ConfigError(f"{name}.stop is not set and there is no cut: set `stop`, or add a StructuredCut.")
         earliest = max(selector.stop for selector in self.pipeline.selectors)
         start = earliest if self.start is None else self.start
         if start < earliest:

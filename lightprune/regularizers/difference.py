@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightprune.errors import ConfigError
-from lightprune.observe import TokenMask, on_training_output
+from lightprune.observe import TokenMask, on_output
 from lightprune.pipeline import Status
 from lightprune.regularizers.base import Order, Regularizer
 
@@ -73,13 +73,11 @@ class DifferencePenalty(Regularizer):
 
     def watch(self, layers: list[int]) -> None:
         self._handles.append(self._tokens.watch(self.pipeline.lm))
-        self._handles += [
-            on_training_output(self.pipeline.anatomy.layers[index], self._record(index)) for index in layers
-        ]
+        self._handles += [on_output(self.pipeline.anatomy.layers[index], self._record(index)) for index in layers]
 
     def _record(self, index: int) -> Any:
         def use(hidden_in: Tensor, hidden_out: Tensor) -> None:
-            if index not in self._strengths or not torch.is_grad_enabled():
+            if index not in self._strengths or not self.pipeline.training:
                 return
             change = layer_difference(hidden_in, hidden_out, self.norm)
             if self.relative:
@@ -90,8 +88,7 @@ class DifferencePenalty(Regularizer):
 
     def apply(self, progress: dict[int, float]) -> None:
         self._strengths = {
-            index: self.strength * (share if self.ramp == "linear" else 1.0)
-            for index, share in progress.items()
+            index: self.strength * (share if self.ramp == "linear" else 1.0) for index, share in progress.items()
         }
 
     def penalty(self) -> Tensor | None:

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from lightprune.errors import ConfigError
+from lightprune.gates import Handle
 from lightprune.pipeline import Part, Stage, Status
 from lightprune.plan import PruningPlan
 
@@ -42,7 +42,7 @@ class Selector(Part):
         self.hold_weights = hold_weights
         self.plan: PruningPlan | None = None
         self._open = False
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
 
     @abstractmethod
     def watch(self) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightprune.observe import TokenMask, on_training_output
+from lightprune.observe import TokenMask, on_output
 from lightprune.pipeline import Status
 from lightprune.selectors.base import Selector, lowest
 
@@ -36,12 +36,12 @@ class BlockInfluenceSelector(Selector):
         if not len(self._sums):
             self._sums, self._batches = torch.zeros(2, len(layers), dtype=torch.float64)
         self._handles.append(self._tokens.watch(self.pipeline.lm))
-        self._handles += [
-            on_training_output(layer, self._record(index)) for index, layer in enumerate(layers)
-        ]
+        self._handles += [on_output(layer, self._record(index)) for index, layer in enumerate(layers)]
 
     def _record(self, index: int) -> Any:
         def use(hidden_in: Tensor, hidden_out: Tensor) -> None:
+            if not self.pipeline.training:
+                return
             cosine = torch.cosine_similarity(hidden_in.detach().float(), hidden_out.detach().float(), dim=-1)
             self._sums[index] += 1 - self._tokens.mean(cosine).item()
             self._batches[index] += 1

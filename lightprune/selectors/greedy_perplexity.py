@@ -14,7 +14,7 @@ from lightprune.selectors.base import Selector
 
 
 class GreedyPerplexitySelector(Selector):
-    """Drops, one after another, the layer whose absence costs the least perplexity (SLEB, algorithm 1; a baseline here).
+    """Drops, one by one, the layer whose absence costs the least perplexity (SLEB, algorithm 1; a baseline here).
 
     The batches of the window are kept (their token ids) and searched at its end. In a round every remaining layer is
     left out in turn; the hidden states that enter it are cached from one pass over the current model, so that a trial
@@ -28,22 +28,21 @@ class GreedyPerplexitySelector(Selector):
         protect_last: how many of the last layers may not go.
     """
 
-    def __init__(
-        self, drop: int, start: int = 0, stop: int = 4, protect_first: int = 0, protect_last: int = 0
-    ) -> None:
+    def __init__(self, drop: int, start: int = 0, stop: int = 4, protect_first: int = 0, protect_last: int = 0) -> None:
         super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True)
         self._batches: list[dict[str, Tensor]] = []
 
     def watch(self) -> None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module.training:
+            if self.pipeline.training:
                 self._batches.append(copy_to(call_inputs(args, kwargs), torch.device("cpu")))
 
         self._handles.append(self.pipeline.lm.register_forward_pre_hook(hook, with_kwargs=True))
 
     def choose(self) -> tuple[list[int], dict[str, Any]]:
         self.detach()
-        lm, layers = self.pipeline.lm, self.pipeline.anatomy.layers
+        lm: nn.Module = self.pipeline.lm
+        layers = self.pipeline.anatomy.layers
         training = lm.training
         lm.eval()
         dropped: list[int] = []
@@ -83,7 +82,7 @@ class GreedyPerplexitySelector(Selector):
         entering: Tensor,
     ) -> tuple[float, int]:
         """The summed loss and the token count with layer `index` left out; layers up to it are not computed."""
-        ahead = {i: _skip for i in (*range(index), *dropped)}
+        ahead = dict.fromkeys((*range(index), *dropped), _skip)
         with replaced_forwards(layers, {**ahead, index: lambda *args, **kwargs: entering}):
             return summed_loss(lm, inputs)
 

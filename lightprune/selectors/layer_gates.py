@@ -81,17 +81,13 @@ class LayerGateSelector(Selector):
             if getattr(self, key) < 0:
                 raise ConfigError(f"LayerGateSelector.{key} is {getattr(self, key)}: it must be at least 0.")
         if self.steps_per_round < 1:
-            raise ConfigError(
-                f"LayerGateSelector.steps_per_round is {self.steps_per_round}: it must be at least 1."
-            )
+            raise ConfigError(f"LayerGateSelector.steps_per_round is {self.steps_per_round}: it must be at least 1.")
         if not 1 <= self.rounds <= self.drop:
             raise ConfigError(
                 f"LayerGateSelector.rounds is {self.rounds}: it must be from 1 to drop={self.drop}, or null."
             )
         if self.patience is not None and self.patience < 1:
-            raise ConfigError(
-                f"LayerGateSelector.patience is {self.patience}: it must be at least 1, or null."
-            )
+            raise ConfigError(f"LayerGateSelector.patience is {self.patience}: it must be at least 1, or null.")
 
     @property
     def round(self) -> int:
@@ -195,9 +191,7 @@ class LayerGateSelector(Selector):
 
     def _attach_remaining(self) -> None:
         layers = self.pipeline.anatomy.layers
-        self._handles += [
-            attach_gate(layers[index], self._gates, index, self.placement) for index in self.remaining
-        ]
+        self._handles += [attach_gate(layers[index], self._gates, index, self.placement) for index in self.remaining]
 
     def scores_state(self) -> dict[str, Any]:
         if self.plan is not None or self._adam is None:

@@ -10,9 +10,7 @@ from torch.optim import Optimizer
 _PER_GROUP_LISTS = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs")
 
 
-def remove_parameters(
-    optimizer: Optimizer, schedulers: Collection[Any], removed: Collection[nn.Parameter]
-) -> None:
+def remove_parameters(optimizer: Optimizer, schedulers: Collection[Any], removed: Collection[nn.Parameter]) -> None:
     """Take `removed` out of an optimizer, in place, with the moments that belong to them.
 
     The parameters that stay keep their moments, step counts, group options and order; groups that lose their last

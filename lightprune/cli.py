@@ -1,0 +1,247 @@
+"""`lightprune fit | validate | test | plan | export`: LightningCLI with pruning's verbs."""
+
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from rich.console import Console, Group
+from rich.table import Table
+
+from lightprune.errors import ConfigError
+from lightprune.export import card_of, check_target, export_hf, tokenizer_of
+from lightprune.pipeline import Part, Pipeline, find_causal_lm
+from lightprune.plan import PruningPlan
+from lightprune.progress import PruningProgressBar
+from lightprune.regularizers.base import Regularizer
+from lightprune.report import RunReport
+from lightprune.selectors.base import Selector
+
+# What reads or reshapes a model and trains nothing runs on any machine, whatever the config trains on.
+OFFLINE = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": None,
+    "plugins": None,
+    "logger": False,
+}
+
+
+class PruningTrainer(pl.Trainer):
+    """A Trainer with the two verbs that need a model and no training."""
+
+    def plan(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
+        """Print what a config would cut, when, and the shape that results; trains nothing."""
+        with self._pipeline(model, stage="fit") as pipeline:
+            Console().print(forecast(pipeline))
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        ckpt_path: str,
+        output: str,
+        datamodule: pl.LightningDataModule | None = None,
+        overwrite: bool = False,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write the model of a checkpoint as a Hugging Face directory.
+
+        Args:
+            model: the module that was trained.
+            ckpt_path: a checkpoint of a run with the same config.
+            output: the directory to write.
+            datamodule: not used.
+            overwrite: replace `output` if it exists.
+            weights_only: as in `fit`.
+        """
+        if not Path(ckpt_path).exists():
+            raise ConfigError(f"There is no checkpoint at {ckpt_path!r}: name an existing one in `ckpt_path`.")
+        check_target(output, overwrite=overwrite)
+        with self._pipeline(model, stage="validate") as pipeline:
+            # The pipeline gives the model its shape; states and weights are for us to load.
+            checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
+            plan = restore(pipeline, checkpoint, source=ckpt_path)
+            card = card_of(self)
+            card["data"] = {"optimizer steps": checkpoint["global_step"]}
+            tokenizer = tokenizer_of(self, model)
+            target = export_hf(pipeline.lm, output, tokenizer=tokenizer, plan=plan, card=card, overwrite=overwrite)
+        print(f"Exported to {target}")
+
+    @contextmanager
+    def _pipeline(self, model: pl.LightningModule, *, stage: str) -> Iterator[Pipeline]:
+        """The pipeline of the trainer's callbacks around the built model, as `fit` would make it."""
+        self.strategy.connect(model)
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Part):
+                callback.setup(self, model, stage)
+        pipeline = Pipeline.of(self)
+        if pipeline is None or pipeline.cut is None:
+            raise ConfigError("Nothing is to be cut: add a selector and a StructuredCut to trainer.callbacks.")
+        try:
+            model.configure_model()
+            yield pipeline
+        finally:
+            pipeline.close()
+
+
+class LightpruneCLI(LightningCLI):
+    """LightningCLI for any module and data module, by `class_path`, with pruning's verbs and defaults."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            trainer_class=PruningTrainer,
+            trainer_defaults={"use_distributed_sampler": False},
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            # Raise what argparse would print below a page of usage.
+            parser_kwargs={
+                "exit_on_error": False,
+                **{verb: {"exit_on_error": False} for verb in self.subcommands()},
+            },
+            args=None if args is None else list(args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs, each with the arguments that come from the config."""
+        verbs = LightningCLI.subcommands()
+        ours = {"model", "datamodule"}
+        return {name: verbs[name] for name in ("fit", "validate", "test")} | {"plan": ours, "export": ours}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Let `--overwrite` stand alone, as a flag does."""
+        overwrite = self._subcommand_parsers["export"]._option_string_actions["--overwrite"]
+        overwrite.nargs, overwrite.const = "?", True
+        super().parse_arguments(parser, args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add the progress bar and the report where the config does not bring its own."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = config["callbacks"] or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        callbacks += default_callbacks(callbacks, progress_bar=config["enable_progress_bar"] is not False)
+        offline = OFFLINE if self.subcommand in ("plan", "export") else {}
+        return super().instantiate_trainer(callbacks=callbacks, **offline, **kwargs)
+
+
+def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[Callback]:
+    """The callbacks that every run has, less those that `given` already provides."""
+    defaults: list[Callback] = []
+    if progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
+        defaults.append(PruningProgressBar())
+    if not any(isinstance(callback, RunReport) for callback in given):
+        defaults.append(RunReport())
+    return defaults
+
+
+def restore(pipeline: Pipeline, checkpoint: Mapping[str, Any], *, source: str) -> PruningPlan:
+    """Load a checkpoint's pruning states and the language model's weights.
+
+    Returns:
+        The plan that was executed.
+
+    Raises:
+        ConfigError: the checkpoint holds an uncut model, or weights that are not those of this model.
+    """
+    for part in pipeline.parts:
+        if part.state_key in checkpoint["callbacks"]:
+            part.load_state_dict(checkpoint["callbacks"][part.state_key])
+    if pipeline.cut is None or pipeline.cut.plan is None:
+        raise ConfigError(f"The checkpoint {source!r} holds an uncut model: name one that was saved after the cut.")
+    path, lm = find_causal_lm(pipeline.module)
+    prefix = f"{path}." if path else ""
+    weights = checkpoint["state_dict"]
+    try:
+        lm.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+    except RuntimeError as error:
+        raise ConfigError(
+            f"The weights in {source!r} do not fit the model: use the configs of the run that wrote them."
+        ) from error
+    return pipeline.cut.plan
+
+
+def forecast(pipeline: Pipeline) -> Group:
+    """What a run would cut, for a terminal: shapes, changed fields of the model's config, timeline of steps."""
+    anatomy, selector = pipeline.anatomy, pipeline.selectors[0]
+    plan = selector.foresee()
+    # Which layers go does not matter for the shape: a family's layers are all alike.
+    shape = plan or PruningPlan.dropping(anatomy, selector.candidates[: selector.drop])
+    before, after = anatomy.num_parameters, shape.num_parameters(anatomy)
+    table = Table("", title=f"{type(anatomy.lm).__name__}", title_justify="left")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_row("layers", str(anatomy.num_layers), str(len(shape.kept_layers)))
+    table.add_row("parameters", f"{before:,}", f"{after:,} ({after / before - 1:+.1%})")
+    old, new = anatomy.config.to_dict(), shape.config(anatomy).to_dict()
+    for name in (name for name in new if new[name] != old.get(name)):
+        table.add_row(f"config.{name}", _brief(old.get(name)), _brief(new[name]))
+    dropped = (
+        f"{type(selector).__name__} decides at step {selector.stop} which {selector.drop} layers go."
+        if plan is None
+        else f"Layers that go: {', '.join(map(str, plan.dropped_layers))}."
+    )
+    return Group(table, dropped, _timeline(pipeline))
+
+
+def _timeline(pipeline: Pipeline) -> Table:
+    table = Table("part", title="Timeline in optimizer steps", title_justify="left")
+    table.add_column("from", justify="right")
+    table.add_column("to", justify="right")
+    for part in pipeline.parts:
+        table.add_row(type(part).__name__, *_window(part, pipeline))
+    steps, epochs = pipeline.trainer.max_steps, pipeline.trainer.max_epochs
+    table.add_row("end of the run", str(steps) if steps != -1 else f"{epochs} epochs", "")
+    return table
+
+
+def _window(part: Part, pipeline: Pipeline) -> tuple[str, str]:
+    """The optimizer steps at which a part begins and ends, as its settings tell them."""
+    assert pipeline.cut is not None
+    if isinstance(part, Selector):
+        return str(part.start), str(part.stop)
+    if isinstance(part, Regularizer):
+        start = max(selector.stop for selector in pipeline.selectors) if part.start is None else part.start
+        return str(start), str(pipeline.cut.at if part.stop is None else part.stop)
+    return str(pipeline.cut.at), "" if part is pipeline.cut else "end"
+
+
+def _brief(value: Any) -> str:
+    return f"{len(value)} entries" if isinstance(value, list) else str(value)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; a mistake of the user's is one sentence on stderr and status 2.
+
+    Args:
+        args: the arguments; None for those of the process. LIGHTPRUNE_DEBUG=1 in the environment shows tracebacks.
+
+    Returns:
+        The exit status.
+    """
+    try:
+        LightpruneCLI(args)
+    except Exception as error:
+        mistake = _user_mistake(error)
+        if mistake is None or os.environ.get("LIGHTPRUNE_DEBUG") == "1":
+            raise
+        print(mistake, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _user_mistake(error: BaseException | None) -> str | None:
+    """What the user got wrong, if `error` is about that: jsonargparse wraps what a constructor raises."""
+    while error is not None:
+        if isinstance(error, ConfigError | ArgumentError):
+            return str(error)
+        error = error.__cause__
+    return None

@@ -1,0 +1,8 @@
+"""Text domains, packed into token blocks, as a weighted mixture whose weights can change while it runs."""
+
+from lightprune.data.blocks import BlockDataset
+from lightprune.data.mixture import MixtureLoader, MixtureSampler
+from lightprune.data.module import TextDataModule
+from lightprune.data.sources import Source
+
+__all__ = ["BlockDataset", "MixtureLoader", "MixtureSampler", "Source", "TextDataModule"]

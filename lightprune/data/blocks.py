@@ -1,0 +1,163 @@
+"""Fixed-length blocks of tokens: the split into training and validation, and the data set that batches come from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from lightprune.data.tokens import TokenCache
+from lightprune.errors import ConfigError
+
+IGNORED = -100
+"""The label that the loss leaves out."""
+
+PADDING = -1
+"""The index of a sample that fills up a rank's last batch: all its labels are ignored."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """`count` consecutive blocks of `size` tokens in a token file, from token `start` on.
+
+    It travels to worker processes as these four values, never with the tokens.
+    """
+
+    path: Path
+    start: int
+    count: int
+    size: int
+
+    @cached_property
+    def array(self) -> NDArray[Any]:
+        """[count, size], a read-only memory map."""
+        tokens = np.load(self.path, mmap_mode="r")
+        return np.asanyarray(tokens[self.start : self.start + self.count * self.size].reshape(-1, self.size))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Split:
+    """A domain's blocks for training and for validation: disjoint, and together all of its tokens but `dropped`.
+
+    Attributes:
+        by_document: Whether the split falls between two documents, or inside one.
+        dropped: Tokens of the two tails that do not fill a block; fewer than two blocks in all.
+    """
+
+    train: Blocks
+    validation: Blocks
+    by_document: bool
+    dropped: int
+
+    def limited(self, max_blocks: int | None) -> "Split":
+        """The same split with at most that many training blocks."""
+        if max_blocks is None or max_blocks >= self.train.count:
+            return self
+        return replace(self, train=replace(self.train, count=max_blocks))
+
+
+def split_point(ends: NDArray[np.int64], *, block_size: int, validation_blocks: int) -> tuple[int, bool]:
+    """Where the validation tokens begin, and whether that is the beginning of a document.
+
+    It is the last document boundary that leaves at least `validation_blocks` blocks to its right. Where documents are
+    so long that this would hold out more than twice what was asked for, or leave no block to train on, the split falls
+    inside a document: exactly the last `validation_blocks` blocks are held out.
+
+    Args:
+        ends: [documents], the position after each document.
+        block_size: Tokens in a block.
+        validation_blocks: At least 1, and fewer than there are blocks.
+    """
+    total = int(ends[-1])
+    wanted = validation_blocks * block_size
+    starts = np.concatenate([[0], ends[:-1]])
+    boundary = int(starts[np.searchsorted(starts, total - wanted, side="right") - 1])
+    if total - boundary <= 2 * wanted and boundary >= block_size:
+        return boundary, True
+    return (total // block_size - validation_blocks) * block_size, False
+
+
+def split_blocks(cache: TokenCache, *, block_size: int, validation: int | float, domain: str) -> Split:
+    """Cuts a domain into blocks of `block_size` tokens and holds some of them out.
+
+    Args:
+        cache: The domain's tokens.
+        block_size: Tokens in a block.
+        validation: Held out at least: a share of the blocks (float), or a number of blocks (int).
+        domain: For the error messages.
+
+    Raises:
+        ConfigError: The text does not fill one block for training and one for validation, or `validation` asks for
+            all of it.
+    """
+    ends = cache.ends
+    tokens = int(ends[-1])
+    blocks = tokens // block_size
+    if blocks < 2:
+        raise ConfigError(
+            f"data.domains.{domain} has {tokens} tokens, fewer than two blocks of {block_size} (one to train on, one "
+            "to validate on): give it more text, or lower data.block_size."
+        )
+    wanted = validation if isinstance(validation, int) else max(1, round(validation * blocks))
+    if wanted >= blocks:
+        raise ConfigError(
+            f"data.validation is {validation}, which holds out all {blocks} blocks of data.domains.{domain}: lower it."
+        )
+    start, by_document = split_point(ends, block_size=block_size, validation_blocks=wanted)
+    path = cache.directory / "tokens.npy"
+    train = Blocks(path, 0, start // block_size, block_size)
+    held_out = Blocks(path, start, (tokens - start) // block_size, block_size)
+    dropped = tokens - (train.count + held_out.count) * block_size
+    return Split(train, held_out, by_document, dropped)
+
+
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """The blocks of all domains, one domain after another.
+
+    A sample holds `input_ids`, `attention_mask` and `labels`, [T] int64 each, and `domain`, [] int64.
+    The index `PADDING` gives a sample whose labels are all ignored.
+    """
+
+    def __init__(self, domains: Sequence[Blocks]) -> None:
+        self.domains = list(domains)
+        self.offsets = np.cumsum([0, *(blocks.count for blocks in self.domains)]).tolist()
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        position = 0 if index == PADDING else index
+        domain = int(np.searchsorted(self.offsets, position, side="right")) - 1
+        block = self.domains[domain].array[position - self.offsets[domain]]
+        tokens = torch.from_numpy(block.astype(np.int64))
+        return {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "labels": torch.full_like(tokens, IGNORED) if index == PADDING else tokens,
+            "domain": torch.tensor(domain),
+        }
+
+
+class OrderedSampler(DistributedSampler[int]):
+    """Every sample once and in order, dealt over the ranks.
+
+    Ranks get equally many, so that collective operations match; what is missing for that is `PADDING`, which no
+    token-weighted metric counts. (`DistributedSampler` repeats samples instead, and they would count twice.)
+    """
+
+    def __init__(self, samples: BlockDataset, *, num_replicas: int, rank: int) -> None:
+        super().__init__(samples, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.count = len(samples)
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(self.rank, self.total_size, self.num_replicas):
+            yield index if index < self.count else PADDING

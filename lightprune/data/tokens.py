@@ -1,0 +1,174 @@
+"""Tokenizes each domain once and keeps the tokens on disk, memory-mapped."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lightprune.data.sources import Source
+from lightprune.errors import ConfigError
+
+_LAYOUT = 1  # part of every key: raise it when what is written below changes
+_ORDER_SEED = 0
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """The tokens of one domain, in a directory of the cache.
+
+    The documents lie in a random order, the same on every machine and for every run's seed. So any suffix is a fair
+    sample of them, and training and validation are two slices of one array, whatever the block size and the split.
+
+    Attributes:
+        directory: Holds `tokens.npy` [tokens] (uint16 or uint32), every document closed by EOS, and `ends.npy`
+            [documents] (int64), the position after each document's EOS.
+        blank: Documents without any text, which were left out.
+    """
+
+    directory: Path
+    blank: int
+
+    @property
+    def tokens(self) -> NDArray[Any]:
+        """[tokens], a read-only memory map."""
+        return np.asanyarray(np.load(self.directory / "tokens.npy", mmap_mode="r"))
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """[documents], ascending."""
+        return np.asarray(np.load(self.directory / "ends.npy"))
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The argument, or else the environment's `LIGHTPRUNE_CACHE`, or else `~/.cache/lightprune`."""
+    return Path(cache_dir or os.environ.get("LIGHTPRUNE_CACHE") or "~/.cache/lightprune").expanduser()
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the tokenizer's rules, its vocabulary and its EOS token."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        rules = json.loads(backend.to_str())
+        # What an earlier call set for itself, not a property of the tokenizer.
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    return _sha([rules, tokenizer.eos_token_id])
+
+
+def cache_entry(root: Path, source: Source, tokenizer_id: str, *, domain: str) -> Path:
+    """The directory for a domain's tokens, named by a hash of all that they depend on.
+
+    Args:
+        root: The root of the cache.
+        source: The domain's text, known by `Source.identity`.
+        tokenizer_id: From `tokenizer_identity`.
+        domain: For the error messages.
+
+    Raises:
+        ConfigError: A file, a directory or a package of the source is missing.
+    """
+    return root / "tokens" / _sha([_LAYOUT, source.identity(domain), tokenizer_id])[:32]
+
+
+def tokenize_once(source: Source, tokenizer: PreTrainedTokenizerBase, *, domain: str, directory: Path) -> TokenCache:
+    """Opens the domain's tokens, after it has made them if they are not there yet.
+
+    Processes may race for the same entry: each writes a directory of its own, the first to finish renames it into
+    place, and the others drop theirs. A killed process leaves no half-written entry under the final name.
+
+    Args:
+        source: The domain's text.
+        tokenizer: Must have an EOS token.
+        domain: For the progress bar and the error messages.
+        directory: From `cache_entry`.
+
+    Raises:
+        ConfigError: The source cannot be read, or holds no text.
+    """
+    if not directory.exists():
+        draft = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+        draft.mkdir(parents=True)
+        try:
+            _write(draft, source, tokenizer, domain)
+            _rename(draft, directory)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return TokenCache(directory, blank=json.loads((directory / "meta.json").read_text())["blank"])
+
+
+def _rename(draft: Path, directory: Path) -> None:
+    try:
+        draft.rename(directory)
+    except OSError:
+        if not directory.exists():
+            raise
+
+
+def _write(directory: Path, source: Source, tokenizer: PreTrainedTokenizerBase, domain: str) -> None:
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    unordered = directory / "unordered"
+    lengths, blank = _tokenize(unordered, source, tokenizer, domain, dtype)
+    if not lengths:
+        raise ConfigError(f"data.domains.{domain} is empty: none of its {blank} documents holds any text.")
+    sizes = np.array(lengths, dtype=np.int64)
+    ends = np.cumsum(sizes)
+    order = np.random.default_rng(_ORDER_SEED).permutation(len(sizes))
+    from_disk = np.memmap(unordered, dtype=dtype, mode="r")
+    tokens = np.lib.format.open_memmap(directory / "tokens.npy", mode="w+", dtype=dtype, shape=(int(ends[-1]),))
+    position = 0
+    for document in order.tolist():
+        end, size = ends[document], lengths[document]
+        tokens[position : position + size] = from_disk[end - size : end]
+        position += size
+    tokens.flush()
+    np.save(directory / "ends.npy", np.cumsum(sizes[order]))
+    (directory / "meta.json").write_text(json.dumps({"domain": domain, "blank": blank}))
+    unordered.unlink()
+
+
+def _tokenize(
+    path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, domain: str, dtype: np.dtype[Any]
+) -> tuple[list[int], int]:
+    """Writes the documents' tokens one after another; returns the documents' lengths and the number of blank ones."""
+    lengths: list[int] = []
+    blank = 0
+    bar = tqdm(source.documents(domain), desc=f"Tokenizing {domain}", unit=" documents")
+    with path.open("wb") as file, bar:
+        for texts in _batches(bar, 64):
+            filled = [text for text in texts if text.strip()]
+            blank += len(texts) - len(filled)
+            for tokens in _encode(tokenizer, filled):
+                file.write(np.array([*tokens, tokenizer.eos_token_id], dtype=dtype).tobytes())
+                lengths.append(len(tokens) + 1)
+    return lengths, blank
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: a document longer than the model's context is no mistake here, it is cut into blocks.
+    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return encoded
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(texts)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _sha(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,58 @@
+"""Exact token-weighted loss and perplexity, per domain of the data and over all of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class DomainLoss(Metric):
+    """Mean loss per token and its perplexity, for each domain and in total.
+
+    loss_d = (sum of the token losses of d's samples) / (number of those tokens); ppl_d = exp(loss_d).
+    The sums are float64 and are added up over ranks: how samples fall into batches and ranks does not matter.
+
+    Args:
+        domain_names: names of the domains, in the order of their indices; may be empty.
+    """
+
+    full_state_update = False
+    loss_sums: Tensor
+    token_counts: Tensor
+
+    def __init__(self, domain_names: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.domain_names = tuple(domain_names)
+        # One place more than there are domains: for samples that state none.
+        zeros = torch.zeros(len(self.domain_names) + 1, dtype=torch.float64)
+        self.add_state("loss_sums", default=zeros, dist_reduce_fx="sum")
+        self.add_state("token_counts", default=zeros.clone(), dist_reduce_fx="sum")
+
+    def update(self, loss_sums: Tensor, token_counts: Tensor, domain: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            loss_sums: [B] sum of the token losses of each sample, in nats.
+            token_counts: [B] how many tokens each sum is over.
+            domain: [B] index of each sample's domain; None counts towards the total only.
+        """
+        if domain is None or not self.domain_names:
+            domain = torch.full_like(token_counts, len(self.domain_names), dtype=torch.int64)
+        # `.double()` on the states too: `module.to(bfloat16)` converts them before the first batch.
+        self.loss_sums = self.loss_sums.double().index_add(0, domain, loss_sums.detach().double())
+        self.token_counts = self.token_counts.double().index_add(0, domain, token_counts.double())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means and perplexities as float64 scalars.
+
+        Returns:
+            "loss" and "ppl" over everything; "loss/<domain>" and "ppl/<domain>" where a domain had tokens.
+        """
+        means = {"": self.loss_sums.sum() / self.token_counts.sum()}
+        for name, loss_sum, count in zip(self.domain_names, self.loss_sums, self.token_counts, strict=False):
+            if count > 0:
+                means[f"/{name}"] = loss_sum / count
+        losses = {f"loss{suffix}": mean for suffix, mean in means.items()}
+        return losses | {f"ppl{suffix}": mean.exp() for suffix, mean in means.items()}

@@ -1,0 +1,146 @@
+"""`CausalLM`: a LightningModule around any Hugging Face causal LM. It knows nothing of pruning."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightprune.hub import Dtype, load_causal_lm, load_tokenizer
+from lightprune.metrics import DomainLoss
+
+IGNORE_INDEX = -100
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token cross entropy of each sample, summed over its tokens.
+
+    Args:
+        logits: [B, T, V] scores, of any floating dtype; the entropy itself is computed in float32.
+        labels: [B, T] token ids, not shifted; -100 is ignored.
+
+    Returns:
+        loss_sums [B] in nats, and token_counts [B]: how many labels each sum is over.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    # Sample by sample: as fast as all at once, and the float32 copy of the logits exists for one sample only.
+    loss_sums = [
+        F.cross_entropy(sample.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
+        for sample, target in zip(logits.unbind(), targets.unbind(), strict=True)
+    ]
+    return torch.stack(loss_sums), (targets != IGNORE_INDEX).sum(dim=1)
+
+
+class CausalLM(LightningModule):
+    """Trains and validates a causal LM on batches of `input_ids`, `attention_mask`, `labels` and `domain`.
+
+    `input_ids`, `attention_mask` and `labels` are [B, T] int64 (labels are not shifted; -100 is ignored),
+    `domain` is [B] int64, an index into the data module's `domain_names`. Mask and domain may be absent.
+
+    Logs `train/loss` every step and, at the end of an evaluation, `val/loss` and `val/ppl`; where the data
+    module names domains, also `val/loss/<domain>` and `val/ppl/<domain>`. Likewise `test/...`. Losses are in
+    nats per token.
+
+    The weights are loaded in `configure_model`, after all callbacks have checked their settings.
+
+    Args:
+        model: Hub id, local directory, .gguf file, or `pkg://<package>/<file>`.
+        dtype: dtype of the weights; the precision of the computation is the trainer's `precision`.
+        attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None lets transformers choose.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run model code from the Hub repository.
+        optimizer: makes the optimizer from the parameters.
+        lr_scheduler: makes the scheduler from the optimizer; stepped after every optimizer step.
+
+    Attributes:
+        lm: the Hugging Face model, from `configure_model` on.
+    """
+
+    lm: PreTrainedModel
+
+    def __init__(
+        self,
+        model: str,
+        dtype: Dtype = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.lm_dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies with the model, loaded on first use."""
+        return load_tokenizer(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def setup(self, stage: str) -> None:
+        names: Sequence[str] = getattr(getattr(self.trainer, "datamodule", None), "domain_names", ())
+        self.val_metric = DomainLoss(names)
+        self.test_metric = DomainLoss(names)
+
+    def configure_model(self) -> None:
+        if "lm" in self._modules:  # Lightning calls this once per fit, validate and test
+            return
+        self.lm = load_causal_lm(
+            self.model,
+            dtype=self.lm_dtype,
+            attn_implementation=self.attn_implementation,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        ).train()
+        if self.gradient_checkpointing:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        loss_sums, token_counts = self._token_losses(batch)
+        loss = loss_sums.sum() / token_counts.sum().clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.val_metric.update(*self._token_losses(batch), batch.get("domain"))
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.test_metric.update(*self._token_losses(batch), batch.get("domain"))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metric("val", self.val_metric)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metric("test", self.test_metric)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def _token_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        output: Any = self.lm(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
+        return token_losses(output.logits, batch["labels"])
+
+    def _log_metric(self, stage: str, metric: DomainLoss) -> None:
+        # `compute` is already the same on every rank; `sync_dist` only tells Lightning so.
+        self.log_dict({f"{stage}/{name}": value for name, value in metric.compute().items()}, sync_dist=True)
+        metric.reset()

@@ -1,0 +1,267 @@
+"""`RunReport`: what a run cost and what became of the model, as `summary.json` and as a table at the end."""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
+from rich.console import Console, Group
+from rich.table import Table
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightprune.errors import ConfigError
+from lightprune.pipeline import Pipeline, find_causal_lm, run_validation
+
+Metrics = dict[str, float]
+
+# The moments at which a run is validated, in order, and how the table heads their columns.
+MOMENTS = {"start": "start", "before_cut": "before the cut", "after_cut": "after the cut", "end": "end"}
+PHASES = ("select", "transfer", "recover", "train", "validation")
+PACKAGES = ("lightprune", "torch", "lightning", "transformers", "datasets")
+
+
+class RunReport(Callback):
+    """Writes `summary.json` to the trainer's `default_root_dir` and prints its tables when training ends.
+
+    It holds the layers and parameters before and after, the validation metrics at the start, just before the
+    cut, just after it and at the end, the training tokens and the wall time of every phase, the seed and the
+    versions. Whatever a module logs in validation is reported under its own names. In a run without pruning
+    callbacks, without validation data or without a Hugging Face model, what cannot be known is left out.
+
+    Tokens are those that the language model sees in training batches, padding excluded where an
+    `attention_mask` tells; they are summed over ranks. Totals go on after a resume, where each rank continues
+    from those of rank zero.
+
+    Args:
+        validate_at_start: run the validation loop before the first training step of a fresh run.
+    """
+
+    def __init__(self, validate_at_start: bool = True) -> None:
+        self.validate_at_start = validate_at_start
+        self._tokens: dict[str, int | torch.Tensor] = {}
+        self._seconds: dict[str, float] = {}
+        self._metrics: dict[str, Metrics] = {}
+        self._before: dict[str, int] = {}
+        self._phase = "validation"
+        self._mark: float | None = None
+        self._hook: RemovableHandle | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals so far."""
+        return {
+            "tokens": {phase: int(count) for phase, count in self._tokens.items()},
+            "seconds": dict(self._seconds),
+            "metrics": {moment: dict(metrics) for moment, metrics in self._metrics.items()},
+            "before": dict(self._before),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the totals of the run that wrote the checkpoint."""
+        self._tokens = dict(state_dict["tokens"])
+        self._seconds = dict(state_dict["seconds"])
+        self._metrics = dict(state_dict["metrics"])
+        self._before = dict(state_dict["before"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count what is there and, in a fresh run, validate it."""
+        model = _language_model(trainer, pl_module)
+        self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+        self._before = self._before or _size(trainer, model)
+        self._phase = "validation"
+        self._mark = time.perf_counter()
+        if self.validate_at_start and trainer.global_step == 0:
+            self._metrics["start"] = _validate(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note which phase the batch belongs to: by its end the pipeline may have moved on."""
+        self._phase = _phase(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Book the time since the last batch."""
+        self._lap(self._phase)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep validation out of the phase's time."""
+        self._lap(self._phase)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Book validation on its own."""
+        self._lap("validation")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate once more, then write and print the summary."""
+        self._metrics["end"] = _validate(trainer)
+        tokens = {phase: _sum_over_ranks(trainer, count) for phase, count in self._tokens.items()}
+        summary = self._summary(trainer, pl_module, tokens)
+        if trainer.is_global_zero:
+            path = write_summary(summary, Path(trainer.default_root_dir))
+            console = Console()
+            console.print(summary_tables(summary))
+            console.print(f"Written to {path}", soft_wrap=True)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave no hook on the model."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook, self._mark = None, None
+
+    def _lap(self, phase: str) -> None:
+        if self._mark is not None:
+            now = time.perf_counter()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._mark
+            self._mark = now
+
+    def _count_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A tensor total stays on its device: reading it at every step would stall a GPU."""
+        if not model.training:
+            return
+        input_ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            self._tokens[self._phase] = self._tokens.get(self._phase, 0) + mask.detach().sum()
+        elif isinstance(input_ids, torch.Tensor):
+            self._tokens[self._phase] = self._tokens.get(self._phase, 0) + input_ids.numel()
+
+    def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, tokens: Mapping[str, int]) -> dict[str, Any]:
+        pipeline = Pipeline.of(trainer)
+        cut = None if pipeline is None or pipeline.cut is None or not pipeline.cut.done else pipeline.cut
+        plan = None if pipeline is None else pipeline.plan
+        metrics = dict(self._metrics)
+        if cut is not None:
+            metrics |= {f"{when}_cut": values for when, values in cut.metrics.items()}
+        after = _size(trainer, _language_model(trainer, module))
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        return {
+            "before": self._before,
+            "after": after,
+            "dropped_layers": None if cut is None or plan is None else list(plan.dropped_layers),
+            "cut_step": None if cut is None else cut.step,
+            "steps": trainer.global_step,
+            "metrics": {moment: metrics[moment] for moment in MOMENTS if metrics.get(moment)},
+            "phases": {
+                phase: {"tokens": tokens.get(phase, 0), "seconds": round(self._seconds[phase], 3)}
+                for phase in PHASES
+                if phase in self._seconds
+            },
+            "seed": None if seed is None else int(seed),
+            "versions": versions(),
+        }
+
+
+def write_summary(summary: Mapping[str, Any], directory: Path) -> Path:
+    """Write `summary.json`; an older one becomes `summary.1.json`, or takes the first number that is free.
+
+    JSON has no infinities and no NaN: such numbers are written as null.
+
+    Returns:
+        The file written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "summary.json"
+    if path.exists():
+        number = 1
+        while (older := directory / f"summary.{number}.json").exists():
+            number += 1
+        path.rename(older)
+    path.write_text(json.dumps(_finite(summary), indent=2) + "\n")
+    return path
+
+
+def summary_tables(summary: Mapping[str, Any]) -> Group:
+    """What a summary says, for a terminal: sizes, metrics (only perplexities if there are any), phases."""
+    before, after, dropped = summary["before"], summary["after"], summary["dropped_layers"]
+    size = Table(title="Model", title_justify="left")
+    for heading in ("", "before", "after"):
+        size.add_column(heading, justify="left" if not heading else "right")
+    for name in before:
+        size.add_row(name, f"{before[name]:,}", f"{after[name]:,}")
+    tables = [size]
+    if summary["metrics"]:
+        tables.append(_metric_table(summary["metrics"]))
+    phases = Table("phase", title="Training", title_justify="left")
+    phases.add_column("tokens", justify="right")
+    phases.add_column("wall time", justify="right")
+    for phase, cost in summary["phases"].items():
+        phases.add_row(phase, f"{cost['tokens']:,}", f"{cost['seconds']:,.1f} s")
+    tables.append(phases)
+    if dropped is None:
+        return Group(*tables)
+    return Group(*tables, f"Layers dropped at step {summary['cut_step']}: {', '.join(map(str, dropped))}")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what a run does, where installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _metric_table(metrics: Mapping[str, Metrics]) -> Table:
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    table = Table("validation", title="Metrics", title_justify="left")
+    for moment in metrics:
+        table.add_column(MOMENTS[moment], justify="right")
+    for name in [name for name in names if "ppl" in name] or names:
+        table.add_row(name, *(f"{v[name]:,.4g}" if name in v else "" for v in metrics.values()))
+    return table
+
+
+def _language_model(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module:
+    """The language model inside the module; the module itself if it holds none."""
+    pipeline = Pipeline.of(trainer)
+    if pipeline is not None:
+        return pipeline.lm
+    try:
+        return find_causal_lm(module)[1]
+    except ConfigError:
+        return module
+
+
+def _phase(trainer: pl.Trainer) -> str:
+    pipeline = Pipeline.of(trainer)
+    return "train" if pipeline is None else pipeline.phase
+
+
+def _size(trainer: pl.Trainer, model: nn.Module) -> dict[str, int]:
+    """Layers, where the anatomy is known, and parameters."""
+    pipeline = Pipeline.of(trainer)
+    layers = {} if pipeline is None else {"layers": pipeline.anatomy.num_layers}
+    return {**layers, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def _validate(trainer: pl.Trainer) -> Metrics:
+    """Validate, if there is data, without a trace in the training run's random numbers."""
+    if not trainer.enable_validation:
+        return {}
+    with isolate_rng():
+        return run_validation(trainer)
+
+
+def _sum_over_ranks(trainer: pl.Trainer, count: int | torch.Tensor) -> int:
+    total = torch.as_tensor(count, dtype=torch.long, device=trainer.strategy.root_device)
+    return int(trainer.strategy.reduce(total, reduce_op="sum"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,264 @@
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+import lightprune.data.module
+from lightprune.data import Source, TextDataModule
+from lightprune.errors import ConfigError
+from tests.data.conftest import EOS, byte_tokenizer
+
+BLOCK, BATCH = 8, 2
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains of different characters: 20 documents of 11 tokens, and 30 of 5."""
+    directory = tmp_path_factory.mktemp("texts")
+    (directory / "upper.txt").write_text("|".join("A" * 8 + f"{i:02d}" for i in range(20)))
+    (directory / "lower.txt").write_text("|".join("b" * 2 + f"{i:02d}" for i in range(30)))
+    return directory
+
+
+def data(texts: Path, **options: Any) -> TextDataModule:
+    domains = {name: Source(files=str(texts / f"{name}.txt"), separator="|") for name in ("upper", "lower")}
+    defaults = {
+        "domains": domains,
+        "tokenizer": byte_tokenizer(),
+        "block_size": BLOCK,
+        "batch_size": BATCH,
+        "validation": 2,
+        "num_workers": 0,
+        "cache_dir": str(texts / "cache"),
+    }
+    return TextDataModule(**(defaults | options))
+
+
+def fingerprint(batch: dict[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(batch[key].numpy().tobytes() for key in sorted(batch))).hexdigest()[:12]
+
+
+class Recorder(pl.LightningModule):
+    """Writes down every batch that it trains on, and changes the weights now and then."""
+
+    def __init__(self, *, early: bool = False) -> None:
+        super().__init__()
+        self.early = early
+        self.seen: list[tuple[int, str]] = []
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.seen.append((self.current_epoch, fingerprint(batch)))
+        return self.weight * torch.rand(())
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.global_step % 5 == 0:
+            self.trainer.datamodule.set_weights({"upper": 1, "lower": self.global_step % 4})  # type: ignore[attr-defined]
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.early:
+            assert self.trainer.estimated_stepping_batches > 0  # makes the loader before the state is restored
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(
+    module: pl.LightningModule, datamodule: TextDataModule, root: Path, ckpt_path: Path | None = None, **options: Any
+) -> pl.Trainer:
+    trainer = pl.Trainer(
+        **{
+            "default_root_dir": root,
+            "max_epochs": 3,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 1,
+            "val_check_interval": 3,
+        }
+        | options
+    )
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.filterwarnings("error:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("num_workers", "early", "stops"), [(0, False, range(1, 33)), (0, True, (5, 16)), (2, False, (5, 11, 14))]
+)
+def test_a_resumed_fit_sees_exactly_the_batches_that_were_left(
+    texts: Path, tmp_path: Path, num_workers: int, early: bool, stops: range
+) -> None:
+    whole = Recorder(early=early)
+    every_step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = fit(whole, data(texts, num_workers=num_workers), tmp_path, callbacks=[every_step])
+    epoch = trainer.num_training_batches
+    assert [number for number, _ in whole.seen] == [e for e in range(3) for _ in range(epoch)]
+    assert len({batch for _, batch in whole.seen}) > 20
+    assert epoch == 16
+    for stop in stops:
+        resumed = Recorder(early=early)
+        checkpoint = tmp_path / f"step={stop}.ckpt"
+        fit(resumed, data(texts, num_workers=num_workers), tmp_path, checkpoint, enable_checkpointing=False)
+        assert [b for _, b in resumed.seen] == [b for _, b in whole.seen[stop:]], stop
+
+
+def test_a_second_fit_starts_from_the_beginning(texts: Path, tmp_path: Path) -> None:
+    datamodule = data(texts)
+    first, second = Recorder(), Recorder()
+    for module in (first, second):
+        fit(module, datamodule, tmp_path, max_steps=9, enable_checkpointing=False)
+    assert first.seen == second.seen
+
+
+def test_epochs_may_be_shortened(texts: Path, tmp_path: Path) -> None:
+    whole, short = Recorder(), Recorder()
+    fit(whole, data(texts), tmp_path, max_steps=12, enable_checkpointing=False)
+    fit(short, data(texts), tmp_path, limit_train_batches=4, enable_checkpointing=False)
+    assert [batch for _, batch in short.seen] == [batch for _, batch in whole.seen]
+    assert [epoch for epoch, _ in short.seen] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loaders_leave_the_global_random_state_alone(texts: Path, num_workers: int) -> None:
+    datamodule = data(texts, num_workers=num_workers)
+    datamodule.setup("fit")
+    before = torch.get_rng_state()
+    next(iter(datamodule.train_dataloader()))
+    next(iter(datamodule.val_dataloader()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def plain_tokens(batches: Any) -> list[list[int]]:
+    return [row for batch in batches for row in batch["input_ids"].tolist()]
+
+
+def test_training_and_validation_share_no_document(texts: Path) -> None:
+    datamodule = data(texts)
+    datamodule.setup("fit")
+    splits = datamodule._splits
+    for name, character, documents, size in (("upper", b"A", 20, 11), ("lower", b"b", 30, 5)):
+        held_out = splits[name].validation.array.flatten().tolist()
+        train = splits[name].train.array.flatten().tolist()
+        numbers = [set(re.findall(rb"\d\d", bytes(t for t in side if t != EOS))) for side in (train, held_out)]
+        assert not numbers[0] & numbers[1]
+        assert character[0] in held_out
+        assert len(train) + len(held_out) + splits[name].dropped == documents * size
+    validation = list(datamodule.val_dataloader())
+    assert plain_tokens(validation) == [
+        row for name in datamodule.domain_names for row in splits[name].validation.array.tolist()
+    ]
+    domains = torch.cat([batch["domain"] for batch in validation]).tolist()
+    assert domains == sorted(domains)
+    assert set(domains) == {0, 1}
+    assert plain_tokens(datamodule.test_dataloader()) == plain_tokens(validation)
+
+
+def test_a_batch(texts: Path) -> None:
+    datamodule = data(texts, batch_size=3, num_workers=1)
+    datamodule.setup("fit")
+    batch = next(iter(datamodule.train_dataloader()))
+    assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items()} == {
+        "input_ids": ((3, BLOCK), torch.int64),
+        "attention_mask": ((3, BLOCK), torch.int64),
+        "labels": ((3, BLOCK), torch.int64),
+        "domain": ((3,), torch.int64),
+    }
+    assert torch.equal(batch["input_ids"], batch["labels"])
+    for tokens, domain in zip(batch["input_ids"], batch["domain"], strict=True):
+        assert (ord("A") in tokens) == (int(domain) == 0)
+
+
+def test_default_weights_draw_every_block_equally_often(texts: Path) -> None:
+    datamodule = data(texts)
+    datamodule.setup("fit")
+    assert datamodule.weights == {name: split.train.count for name, split in datamodule._splits.items()}
+
+
+def test_the_block_size_and_the_split_need_no_second_tokenization(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data(texts, cache_dir=str(tmp_path)).prepare_data()
+    entries = sorted(tmp_path.rglob("tokens.npy"))
+    assert len(entries) == 2
+    monkeypatch.setattr(Source, "documents", None)
+    other = data(texts, cache_dir=str(tmp_path), block_size=5, validation=0.3, seed=4)
+    other.prepare_data()
+    other.setup("fit")
+    assert sorted(tmp_path.rglob("tokens.npy")) == entries
+
+
+def test_the_log_says_what_was_dropped(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(lightprune.data.module, "rank_zero_info", lines.append)
+    datamodule = data(texts, domains={"u": Source(files=str(texts / "upper.txt"), separator="|", max_blocks=9)})
+    datamodule.setup("fit")
+    train = 220 - 22  # two documents hold 22 tokens, at least the two blocks of 8 that were asked for
+    assert lines == [
+        f"Domain 'u': 220 tokens in 20 documents; 9 training (max_blocks, of {train // 8}) and 2 validation blocks of "
+        f"8, split between documents; {train % 8 + 22 % 8} tokens in the tails dropped."
+    ]
+
+
+def test_the_tokenizer_may_come_from_the_module_or_by_name(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    monkeypatch.setattr(lightprune.data.module, "load_tokenizer", {"org/model": tokenizer}.__getitem__)
+    assert data(texts, tokenizer="org/model").tokenizer is tokenizer
+    module = Recorder()
+    module.tokenizer = tokenizer
+    datamodule = data(texts, tokenizer=None)
+    fit(module, datamodule, tmp_path, max_steps=1, enable_checkpointing=False)
+    assert datamodule.tokenizer is tokenizer
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"domains": {}}, "data.domains is empty, but must name at least one domain."),
+        ({"domains": {"x": Source()}}, "data.domains.x wants exactly one of"),
+        ({"block_size": 1}, "data.block_size is 1, but must be at least 2."),
+        ({"batch_size": 0}, "data.batch_size is 0, but must be at least 1."),
+        ({"num_workers": -1}, "data.num_workers is -1, but must be at least 0."),
+        ({"seed": -1}, "data.seed is -1, but must be at least 0."),
+        ({"validation": 0}, "data.validation is 0, but must be a share between 0 and 1, or a number of blocks from 1."),
+        ({"validation": 1.0}, "data.validation is 1.0, but must be a share"),
+        (
+            {"weights": {"upper": 1, "lower": 1, "x": 1}},
+            "data.weights names 'x', but data.domains has only: upper, lower.",
+        ),
+        ({"weights": {"upper": 1, "lower": -1}}, "data.weights.lower is -1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_construction(
+    texts: Path, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        data(texts, tokenizer="never/loaded", **options)
+
+
+def test_what_the_text_does_not_allow_is_refused_at_setup(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^All domains together have 2 training blocks, too few for one batch of 3 on"
+    ):
+        data(texts, block_size=60, batch_size=3, validation=1).setup("fit")
+    with pytest.raises(ConfigError, match=r"^The tokenizer has no EOS token .* in data.tokenizer\.$"):
+        data(texts, tokenizer=byte_tokenizer(eos=False)).setup("fit")
+    with pytest.raises(ConfigError, match=r"^data.tokenizer is null, and the model brings none"):
+        data(texts, tokenizer=None).setup("fit")
+
+
+def test_a_missing_file_is_found_before_anything_is_tokenized(texts: Path, tmp_path: Path) -> None:
+    domains = {"there": Source(files=str(texts / "upper.txt")), "not": Source(files=str(texts / "none.txt"))}
+    with pytest.raises(ConfigError, match=r"^data.domains.not.files is .* no such file\.$"):
+        data(texts, domains=domains, cache_dir=str(tmp_path / "cache")).prepare_data()
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,184 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+
+from lightprune.data import Source
+from lightprune.data.builtin import BUILTIN, PYTHON_SOURCE_BYTES
+from lightprune.errors import ConfigError
+
+
+def read(source: Source) -> list[str]:
+    source.check("d")
+    source.identity("d")
+    return list(source.documents("d"))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("beta\n\n\n\nbeth\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("alpha über", encoding="utf-8")
+    (tmp_path / "sub" / "c.txt").write_text("gamma", encoding="utf-8")
+    return tmp_path
+
+
+def test_text_files_are_one_document_each(texts: Path) -> None:
+    whole = "beta\n\n\n\nbeth\n"
+    assert read(Source(files=str(texts / "b.txt"))) == [whole]
+    assert read(Source(files=str(texts / "*.txt"))) == ["alpha über", whole]
+    assert read(Source(files=str(texts / "**/*.txt"))) == ["alpha über", whole, "gamma"]
+
+
+def test_a_list_keeps_its_order_and_names_no_file_twice(texts: Path) -> None:
+    files = [str(texts / "sub/c.txt"), str(texts / "*.txt"), str(texts / "a.txt")]
+    assert read(Source(files=files)) == ["gamma", "alpha über", "beta\n\n\n\nbeth\n"]
+
+
+def test_separator_cuts_a_file_into_documents(texts: Path) -> None:
+    found = read(Source(files=str(texts / "b.txt"), separator="\n\n"))
+    assert [text.strip() for text in found if text.strip()] == ["beta", "beth"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json"])
+def test_json_lines(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    rows = [{"body": "one"}, {"body": "two\nlines", "more": 3}, {"body": None}]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    assert read(Source(files=str(path), text="body")) == ["one", "two\nlines", ""]
+
+
+def test_parquet_and_saved_directories(tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(600)]
+    table = datasets.Dataset.from_dict({"body": texts, "n": list(range(600))})
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": table, "dev": table.select([7])}).save_to_disk(str(tmp_path / "many"))
+    assert read(Source(files=str(tmp_path / "rows.parquet"), text="body")) == texts
+    assert read(Source(saved=str(tmp_path / "one"), text="body")) == texts
+    assert read(Source(saved=str(tmp_path / "many"), text="body")) == texts
+    assert read(Source(saved=str(tmp_path / "many"), text="body", split="dev")) == ["document 7"]
+
+
+def test_package_resources(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = texts / "carrier_of_text"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('found, but never imported')")
+    (package / "data" / "x.txt").write_text("inside")
+    monkeypatch.syspath_prepend(str(texts))
+    assert read(Source(files="pkg://carrier_of_text/data/x.txt")) == ["inside"]
+    assert read(Source(files="pkg://carrier_of_text/data/*")) == ["inside"]
+    assert "carrier_of_text" not in sys.modules
+
+
+def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_dict({"body": ["x", "y"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source(hub="org/name", subset="small", split="train[:10%]", revision="v1", text="body")
+    assert read(source) == ["x", "y"]
+    assert asked == [(("org/name", "small"), {"split": "train[:10%]", "revision": "v1"})]
+
+
+def test_identity_follows_the_text_but_not_its_use(texts: Path) -> None:
+    path = texts / "a.txt"
+    before = Source(files=str(path)).identity("d")
+    assert Source(files=str(path), max_blocks=3).identity("other") == before
+    path.write_text("something else")
+    assert Source(files=str(path)).identity("d") != before
+    assert Source(files=str(path), separator=".").identity("d") != Source(files=str(path)).identity("d")
+
+
+@pytest.mark.parametrize(
+    ("name", "first_word"),
+    [("python-docs", "The"), ("bible", "Genesis"), ("dialogue", "What")],
+)
+def test_builtin_domains_carry_text(name: str, first_word: str) -> None:
+    documents = read(Source(builtin=name))  # type: ignore[arg-type]
+    assert documents[0].lstrip().startswith(first_word)
+    assert sum(map(len, documents)) > 200_000
+    assert documents == read(Source(builtin=name))  # type: ignore[arg-type]
+
+
+def test_bible_documents_are_chapters() -> None:
+    documents = read(Source(builtin="bible"))
+    assert len(documents) == 1189
+    assert documents[0].split("\n")[1] == "In the beginning God created the heaven and the earth."
+
+
+def test_python_source_is_the_standard_library_up_to_its_limit() -> None:
+    files = BUILTIN["python-source"].find()
+    size = sum(path.stat().st_size for path in files)
+    assert 0.9 * PYTHON_SOURCE_BYTES < size <= PYTHON_SOURCE_BYTES
+    assert not any({"test", "tests", "site-packages", "pydoc_data"} & set(path.parts) for path in files)
+    documents = read(Source(builtin="python-source"))
+    assert len(documents) == len(files)
+    assert any("\nimport " in document for document in documents[:20])
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (Source(), "data.domains.d wants exactly one of hub, saved, files, builtin, but has none of them."),
+        (Source(hub="a", builtin="bible"), "exactly one of hub, saved, files, builtin, but has hub and builtin."),
+        (Source(files=[]), "has none of them"),
+        (Source(files="x", revision="v1"), "data.domains.d.revision goes with 'hub' only, but the source is 'files'."),
+        (Source(builtin="bible", separator="x"), "data.domains.d.separator goes with 'files' only"),
+        (Source(files="x", separator=""), "data.domains.d.separator is empty"),
+        (Source(builtin="torah"), "is 'torah', but must be one of python-source, python-docs, bible, dialogue."),  # type: ignore[arg-type]
+        (Source(files="x", max_blocks=0), "data.domains.d.max_blocks is 0, but must be at least 1, or null."),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_unseen(source: Source, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        source.check("d")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"files": "{}/none.txt"}, "data.domains.d.files is '{}/none.txt', but there is no such file."),
+        ({"files": "{}/*.md"}, "there is no such file"),
+        ({"files": "{}"}, "data.domains.d.files names the directory '{}'; name its files"),
+        ({"files": "pkg://no_such_package_here/x"}, "needs the Python package 'no_such_package_here', which is not"),
+        ({"saved": "{}/none"}, "data.domains.d.saved is '{}/none', but there is no such directory."),
+        ({"saved": "{}"}, "data.domains.d cannot be loaded: "),
+        ({"saved": "{}/many", "split": "dev"}, "data.domains.d.split is 'dev', but must be one of train."),
+        (
+            {"saved": "{}/many", "text": "content"},
+            "data.domains.d.text is 'content', but the data set has only: n, text.",
+        ),
+        ({"saved": "{}/many", "text": "n"}, "data.domains.d.text is 'n', but that field holds int, not text."),
+        ({"files": "{}/r.parquet", "text": "content"}, "r.parquet has only: n, text."),
+        ({"files": "{}/fake.parquet"}, "fake.parquet, which is not a Parquet file."),
+        ({"files": "{}/rows.jsonl", "text": "content"}, "'content', but line 1 of {}/rows.jsonl has only: id, text."),
+        ({"files": "{}/rows.jsonl"}, "rows.jsonl, whose line 2 is not a JSON object."),
+        ({"files": "{}/latin.txt"}, "data.domains.d.files names {}/latin.txt, which is not UTF-8 text."),
+    ],
+)
+def test_what_is_missing_or_unreadable_is_named(tmp_path: Path, options: dict[str, str], sentence: str) -> None:
+    table = datasets.Dataset.from_dict({"text": ["x"], "n": [1]})
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "many"))
+    table.to_parquet(str(tmp_path / "r.parquet"))
+    (tmp_path / "fake.parquet").write_text("no")
+    (tmp_path / "rows.jsonl").write_text('{"id": 1, "text": "x"}\n["y"]\n')
+    (tmp_path / "latin.txt").write_bytes("über".encode("latin-1"))
+    source = Source(**{key: value.format(tmp_path) for key, value in options.items()})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=re.escape(sentence.format(tmp_path))):
+        read(source)
+
+
+def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no route to the hub\nand a long explanation")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ConfigError, match=r"^data.domains.d cannot be loaded: no route to the hub\.$"):
+        read(Source(hub="org/name"))

