@@ -1,15 +1,15 @@
 """Depth pruning of SmolLM2-135M, 8 of 30 layers: every method at the same number of training tokens.
 
-    python benchmarks/depth.py run --text wikitext2-valid.txt --other gsm8k-train.jsonl     # hours on a CPU; goes on where it was
-    python benchmarks/depth.py table                                                        # what is there so far
+    python benchmarks/depth.py run --text wikitext2-valid.txt --other gsm8k-train.jsonl    # hours on a CPU
+    python benchmarks/depth.py table                                                       # what is there so far
 
-`--text` is split by lines: the first 80% train, and the end of that part chooses learning rates; the last 20% is held out.
-`--other` is a text or JSONL file that nothing is trained on. Each run appends one JSON line to the results, and a run that is
-there already is skipped, so a stopped benchmark goes on where it was. A row trains with the learning rate that was best
-for that row on a quarter of the tokens; the search widens its grid until the best rate is inside it.
+`--text` is split by lines: the first 80% train, and the end of that part chooses learning rates; the last 20% is held
+out. `--other` is a text or JSONL file that nothing is trained on. Each run appends one JSON line to the results, and a
+run that is there already is skipped, so a stopped benchmark goes on where it was. A row trains with the learning rate
+that was best for that row on a quarter of the tokens; the search widens its grid until the best rate is inside it.
 
-What a selector looked at counts in its row's tokens. Since weights stand still while layers are selected, the plan is made
-once for each seed, and the runs of a row take it from a file and train on what is left of the budget.
+What a selector looked at counts in its row's tokens. Since weights stand still while layers are selected, the plan is
+made once for each seed, and the runs of a row take it from a file and train on what is left of the budget.
 """
 
 import argparse
@@ -153,7 +153,7 @@ class Bench:
     def fit(
         self, steps: int, seed: int, callbacks: list[Callback], lr: float = 0.0, tuning: bool = False
     ) -> tuple[dict[str, float], float]:
-        """Train for `steps` (none at all is fine), validate, and return perplexities by domain and the seconds of training."""
+        """Train for `steps` (0 is fine), validate; returns perplexities by domain and the seconds of training."""
         L.seed_everything(seed, verbose=False)
         module = lp.CausalLM(
             MODEL,
@@ -208,7 +208,7 @@ class Bench:
         selection = None if row.selector is None else self.plan(row.selector, seed)
         steps = int((TOKENS - (selection["tokens"] if selection else 0)) * share) // (BATCH * BLOCK)
         callbacks: list[Callback] = []
-        cut = lp.StructuredCut(at=round(steps * row.cut), validate=not tuning and 0 < row.cut)
+        cut = lp.StructuredCut(at=round(steps * row.cut), validate=not tuning and row.cut > 0)
         if selection is not None:
             path = RESULTS / "scratch" / f"{row.selector}-{seed}.json"
             path.write_text(json.dumps(selection["plan"]))

@@ -128,7 +128,9 @@ class LightpruneCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks = config["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        callbacks += default_callbacks(callbacks, progress_bar=config["enable_progress_bar"] is not False)
+        defaults = default_callbacks(callbacks, progress_bar=config["enable_progress_bar"] is not False)
+        # In front, so that the report's last validation is there when the export writes its model card.
+        callbacks = [*defaults, *callbacks]
         offline = OFFLINE if self.subcommand in ("plan", "export") else {}
         return super().instantiate_trainer(callbacks=callbacks, **offline, **kwargs)
 

@@ -63,8 +63,8 @@ def replaced_forwards(layers: nn.ModuleList, forwards: Mapping[int, Callable[...
 class Bypass:
     """Leaves a layer out of the forward pass: hidden states go by it untouched, until `remove` is called.
 
-    Layer 0 is run and its output discarded when there is a KV cache: the cache counts its tokens there, and every
-    later position would be wrong without it.
+    With a KV cache, the first layer, and the first of each kind of attention, are run and their output discarded: that
+    is where the cache counts its tokens and the masks are measured, and every later position would be wrong without it.
     """
 
     def __init__(self, layer: nn.Module, index: int) -> None:
@@ -72,7 +72,8 @@ class Bypass:
         stock_forward = layer.forward
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if index == 0 and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+            if any(_is_measured(cache, index) for cache in caches):
                 stock_forward(hidden_states, *args, **kwargs)
             return hidden_states
 
@@ -81,3 +82,9 @@ class Bypass:
     def remove(self) -> None:
         """Let the layer run again."""
         del self._layer.forward
+
+
+def _is_measured(cache: Cache, index: int) -> bool:
+    """Whether transformers reads the lengths of a whole kind of layers (full, sliding) off layer `index`."""
+    kinds = cache.is_sliding
+    return index == 0 or (index < len(kinds) and kinds.index(kinds[index]) == index)

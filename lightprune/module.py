@@ -107,6 +107,7 @@ class CausalLM(LightningModule):
             trust_remote_code=self.trust_remote_code,
         ).train()
         if self.gradient_checkpointing:
+            # 5.23 calls it activation_checkpointing_enable; only this name is in every 5.x.
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:

@@ -103,10 +103,16 @@ class Part(Callback):
         self.pipeline.advance()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.pipeline.close()
+        self._close(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.pipeline.close()
+        self._close(trainer)
+
+    @staticmethod
+    def _close(trainer: L.Trainer) -> None:
+        pipeline = Pipeline.of(trainer)
+        if pipeline is not None:  # an exception may come before any part was set up
+            pipeline.close()
 
 
 _PIPELINES: "WeakKeyDictionary[L.Trainer, Pipeline]" = WeakKeyDictionary()

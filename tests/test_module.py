@@ -1,7 +1,6 @@
 """`CausalLM` against Hugging Face's own loss, and against plain loops."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lightprune.anatomy import anatomy_of
 from lightprune.module import CausalLM, token_losses
 
 VOCAB, LENGTH, DOMAINS = 32, 12, ["code", "web"]
@@ -167,9 +167,12 @@ def test_loss_and_gradients_equal_those_of_transformers(path: str) -> None:
 
 def test_gradient_checkpointing_changes_nothing(path: str) -> None:
     plain, checkpointed = built(path), built(path, gradient_checkpointing=True)
-    assert checkpointed.lm.is_gradient_checkpointing
-    for module in (plain, checkpointed):
+    for module, forwards in ((plain, 1), (checkpointed, 2)):
+        calls: list[None] = []
+        inside = next(anatomy_of(module.lm).layers[0].children())
+        inside.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
         training_loss(module, BATCHES[0]).backward()
+        assert len(calls) == forwards
 
     for ours, theirs in zip(plain.lm.parameters(), checkpointed.lm.parameters(), strict=True):
         assert ours.grad is not None
@@ -271,7 +274,7 @@ def test_resumes_from_a_checkpoint(saved: dict[str, str], tmp_path: Path) -> Non
 
 
 @pytest.fixture
-def yaml(saved: dict[str, str], tmp_path: Path) -> Iterator[str]:
+def yaml(saved: dict[str, str], tmp_path: Path) -> str:
     config = tmp_path / "model.yaml"
     config.write_text(f"""
 model:
@@ -284,7 +287,7 @@ model:
 trainer: {{accelerator: cpu, max_steps: 2, limit_val_batches: 0, logger: false, enable_checkpointing: false,
            enable_progress_bar: false, enable_model_summary: false}}
 """)
-    yield str(config)
+    return str(config)
 
 
 def test_optimizer_and_scheduler_from_yaml(yaml: str) -> None:

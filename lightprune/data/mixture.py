@@ -139,10 +139,9 @@ class MixtureSampler(DistributedSampler[int]):
         Raises:
             ConfigError: The checkpoint's run had other domains, other blocks or another seed.
         """
-        for key, there, here in (
-            ("domains", state["blocks"], self.blocks),
-            ("seed", state["seed"], self.seed),
-        ):
+        # As lists: the order of the domains counts.
+        blocks = list(state["blocks"].items()), list(self.blocks.items())
+        for key, (there, here) in {"domains": blocks, "seed": (state["seed"], self.seed)}.items():
             if there != here:
                 raise ConfigError(
                     f"The checkpoint was written with data.{key} = {there}, but this run has {here}: resume with the "

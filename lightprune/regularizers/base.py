@@ -50,8 +50,8 @@ class Regularizer(Part):
         start = earliest if self.start is None else self.start
         if start < earliest:
             raise ConfigError(
-                f"{name}.start is {start}, before the selection ends at step {earliest}: set it to at least {earliest}, "
-                "or leave it out."
+                f"{name}.start is {start}, before the selection ends at step {earliest}: set it to at "
+                f"least {earliest}, or leave it out."
             )
         if start >= end:
             raise ConfigError(

@@ -73,7 +73,7 @@ class Selector(Part):
         available, layers = len(self.candidates), self.pipeline.anatomy.num_layers
         if not 1 <= self.drop <= min(available, layers - 1):
             raise ConfigError(
-                f"{name}.drop is {self.drop}: the model has {layers} layers, of which {layers - available} are protected, "
+                f"{name}.drop is {self.drop}: the model has {layers} layers, {layers - available} of them protected, "
                 f"so `drop` must be from 1 to {min(available, layers - 1)}; lower it, or protect fewer layers."
             )
 

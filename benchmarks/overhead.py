@@ -1,0 +1,216 @@
+"""What lightprune costs, as ratios against plain Lightning on the same model, interleaved, medians.
+
+    python benchmarks/overhead.py            # about ten minutes on two cores; appends nothing, prints a table
+
+The model has SmolLM2-135M's shape and random weights. Every round fits each variant in turn for a few steps, so that a
+machine whose speed drifts slows all of them alike; a variant's time is the median over its steps of all rounds. Memory
+is the peak resident set of a process of its own for each variant.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import lightprune as lp
+from lightprune.module import token_losses
+
+LAYERS, DROP = 30, 8
+DROPPED = tuple(range(12, 12 + DROP))
+BATCH, BLOCK, VOCABULARY = 2, 256, 49152
+STEPS, WARMUP = 6, 2
+
+
+def build(layers: int) -> PreTrainedModel:
+    """A random Llama of SmolLM2-135M's shape."""
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            vocab_size=VOCABULARY,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+class Module(L.LightningModule):
+    """A LightningModule as anybody would write it."""
+
+    def __init__(self, layers: int = LAYERS) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lm = build(layers)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        sums, counts = token_losses(self.lm(input_ids=batch, use_cache=False).logits, batch)
+        return sums.sum() / counts.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-5, fused=True)
+
+
+class StepTimer(Callback):
+    """Seconds of every training step but the first ones after `since`."""
+
+    def __init__(self, since: int = 0) -> None:
+        self.since = since
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx >= self.since + WARMUP:
+            self.seconds.append(time.perf_counter() - self._start)
+
+
+class FixedPlan(lp.RandomSelector):
+    """The same layers in every variant, with nothing to score."""
+
+    def __init__(self) -> None:
+        super().__init__(drop=DROP)
+
+    def choose(self) -> tuple[list[int], dict[str, Any]]:
+        return list(DROPPED), {}
+
+
+def gates() -> list[Callback]:
+    return [lp.LayerGateSelector(drop=DROP, rounds=1, steps_per_round=1000, hold_weights=False)]
+
+
+def penalty() -> list[Callback]:
+    return [FixedPlan(), lp.DifferencePenalty(strength=1e-3, stop=1000)]
+
+
+def annealing() -> list[Callback]:
+    return [FixedPlan(), lp.GateAnnealing(stop=1000)]
+
+
+VARIANTS: dict[str, Callable[[], list[Callback]]] = {
+    "plain": list,
+    "gates": gates,
+    "penalty": penalty,
+    "annealing": annealing,
+}
+
+
+def fit(module: L.LightningModule, callbacks: list[Callback], steps: int) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCABULARY, (steps * BATCH, BLOCK), generator=generator)
+    trainer.fit(module, DataLoader(tokens, batch_size=BATCH))
+
+
+def time_variants(rounds: int) -> dict[str, list[float]]:
+    """Seconds: steps of every variant, steps after a cut, steps of a fresh model of that shape, cuts, forward passes."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    modules = {"dense": Module(), "small": Module(LAYERS - DROP)}
+    for _ in range(rounds):
+        for name, callbacks in VARIANTS.items():
+            timer = StepTimer()
+            fit(modules["dense"], [timer, *callbacks()], STEPS)
+            seconds[name] += timer.seconds
+        timer = StepTimer()
+        fit(modules["small"], [timer], STEPS)
+        seconds["fresh small model"] += timer.seconds
+        module, cut, timer = Module(), lp.StructuredCut(at=2), StepTimer(since=2)
+        fit(module, [timer, FixedPlan(), cut], 2 + STEPS)
+        seconds["after the cut"] += timer.seconds
+        seconds["cut"].append(cut.seconds)
+        time_forward(modules["dense"].lm, module.lm, seconds)
+        del module
+        gc.collect()
+    return seconds
+
+
+@torch.no_grad()
+def time_forward(dense: PreTrainedModel, cut: PreTrainedModel, seconds: dict[str, list[float]]) -> None:
+    """Forward passes in turn, appended to `seconds`."""
+    tokens = torch.randint(0, VOCABULARY, (BATCH, BLOCK))
+    for index in range(WARMUP + STEPS):
+        for name, model in (("forward, dense", dense), ("forward, cut", cut)):
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16):
+                model(input_ids=tokens, use_cache=False)
+            if index >= WARMUP:
+                seconds[name].append(time.perf_counter() - start)
+
+
+def forward_flops(layers: int) -> float:
+    """Multiply-adds of a forward pass, a token: projections, causal attention over the block, and the head."""
+    hidden, mlp, kv = 576, 1536, 192
+    layer = hidden * (2 * hidden + 2 * kv) + 3 * hidden * mlp + BLOCK * hidden
+    return layers * layer + hidden * VOCABULARY
+
+
+def peak_memory(variant: str) -> float:
+    """Peak resident bytes of a process that trains a few steps of a variant."""
+    command = [sys.executable, __file__, "--memory-of", variant]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-of", choices=tuple(VARIANTS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if arguments.memory_of:
+        fit(Module(), VARIANTS[arguments.memory_of](), 4)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    seconds = time_variants(arguments.rounds)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    memory = {name: statistics.median(peak_memory(name) for _ in range(3)) for name in ("plain", "gates", "penalty")}
+    flops = forward_flops(LAYERS - DROP) / forward_flops(LAYERS)
+    rows = [
+        ("step with gates / plain", median["gates"] / median["plain"], "<= 1.03"),
+        ("step with difference penalty / plain", median["penalty"] / median["plain"], "<= 1.05"),
+        ("step with annealing / plain", median["annealing"] / median["plain"], ""),
+        ("peak memory with gates / plain", memory["gates"] / memory["plain"], "<= 1.02"),
+        ("peak memory with difference penalty / plain", memory["penalty"] / memory["plain"], "<= 1.02"),
+        ("the cut / a training step", median["cut"] / median["plain"], "<= 1"),
+        ("speed after the cut / fresh small model", median["fresh small model"] / median["after the cut"], ">= 0.98"),
+        ("forward cut / dense, over their FLOPs", median["forward, cut"] / median["forward, dense"] / flops, "<= 1.03"),
+    ]
+    print("| what | measured | target |\n|---|---|---|")
+    print("\n".join(f"| {name} | {value:.3f} | {target} |" for name, value, target in rows))
+    print(
+        json.dumps({"medians_s": median, "peak_bytes": memory, "rounds": arguments.rounds, "torch": torch.__version__})
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""`RandomState`: dropout and other randomness of training that a resume repeats bit for bit."""
+
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+
+
+class RandomState(Callback):
+    """Seeds the random generators before every training batch, from one seed and the batch's number.
+
+    A checkpoint of generators' states is not enough: validation loops and data loaders draw from the same generators,
+    and not at the same moments in a resumed run. Here the randomness of a batch depends on nothing that came before it.
+    It concerns what happens in training steps (Python's, NumPy's and PyTorch's generators, on all devices); the order of
+    the data is the data module's business.
+
+    Args:
+        seed: None takes PyTorch's initial seed (`seed_everything`). The checkpoint's goes before either.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.seed is None:
+            self.seed = torch.initial_seed() % 2**63
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.seed is not None
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx
+        seed_generators(self.seed, trainer.global_rank, batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seed = state_dict["seed"]
+
+
+def seed_generators(*key: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators by non-negative integers; different keys are unrelated."""
+    for_python, for_numpy, for_torch = np.random.SeedSequence(key).generate_state(3, np.uint64).tolist()
+    random.seed(for_python)
+    np.random.seed(for_numpy % 2**32)
+    torch.manual_seed(for_torch % 2**63)

@@ -1,0 +1,84 @@
+"""Two real processes: what Lightning does to loaders under DDP, and who sees what."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightprune.data import MixtureLoader, Source, TextDataModule
+from lightprune.data.blocks import IGNORED, OrderedSampler
+from tests.data.conftest import byte_tokenizer
+
+
+class Writer(pl.LightningModule):
+    """Writes down what its rank sees; the tokens of every block are unique."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen: dict[str, list[Any]] = {"train": [], "val": []}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.seen["train"].append(batch["input_ids"].tolist())
+        loss: Tensor = self.layer(torch.ones(1)).sum()
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        counted = batch["labels"][:, 0] != IGNORED
+        self.seen["val"] += batch["input_ids"][counted].tolist()
+
+    def on_train_end(self) -> None:
+        assert isinstance(self.trainer.train_dataloader, MixtureLoader)
+        assert isinstance(self.trainer.val_dataloaders.sampler, OrderedSampler)
+        (self.directory / f"rank{self.global_rank}.json").write_text(json.dumps(self.seen))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_two_ranks_see_disjoint_shares_of_one_sequence(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("|".join(f"{i:04d}" for i in range(53)))
+
+    def data(batch_size: int) -> TextDataModule:
+        return TextDataModule(
+            {"numbers": Source(files=str(text), separator="|")},
+            tokenizer=byte_tokenizer(),
+            block_size=5,
+            batch_size=batch_size,
+            validation=7,
+            num_workers=0,
+            cache_dir=str(tmp_path / "cache"),
+        )
+
+    alone = data(batch_size=4)
+    alone.setup("fit")
+    held_out = [row for batch in alone.val_dataloader() for row in batch["input_ids"].tolist()]
+    whole = [batch["input_ids"].tolist() for _, batch in zip(range(11), alone.train_dataloader(), strict=False)]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_spawn",  # use_distributed_sampler stays at its default, True
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Writer(tmp_path), datamodule=data(batch_size=2))
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    together = [
+        [row for pair in zip(*shares, strict=True) for row in pair]
+        for shares in zip(*(rank["train"] for rank in ranks), strict=True)
+    ]
+    assert len(held_out) == 7
+    assert len(together) == 46 // 4
+    assert together == whole[: len(together)]
+    rows = [tuple(row) for batch in together for row in batch]
+    assert len(set(rows)) == len(rows), "a block on both ranks"
+    assert sorted(ranks[0]["val"] + ranks[1]["val"]) == sorted(held_out)

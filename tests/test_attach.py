@@ -1,0 +1,367 @@
+"""The callbacks in strangers' modules: wherever the LM is, whatever they return, however they optimize."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from lightprune import (
+    BlockInfluenceSelector,
+    DifferencePenalty,
+    GateAnnealing,
+    LayerGateSelector,
+    Pipeline,
+    PlanFromFile,
+    PruningPlan,
+    RandomSelector,
+    Recovery,
+    StructuredCut,
+)
+from lightprune.anatomy import anatomy_of
+from lightprune.pipeline import find_causal_lm
+from tests.families import tiny_lm
+from tests.test_bad_input import attached
+from tests.training import Batch, Plain, Spy, assert_close, assert_equal, batches, fit, gradients, trainer_for, weights
+
+SELECT, CUT, STEPS = 4, 7, 9
+
+
+def everything() -> list[Callback]:
+    return [
+        StructuredCut(at=CUT),
+        LayerGateSelector(drop=2, steps_per_round=SELECT // 2, l1=0.02),
+        DifferencePenalty(strength=0.1),
+        GateAnnealing(),
+        Recovery(lr=1e-2, warmup_steps=1),
+    ]
+
+
+def run(module: L.LightningModule, **kwargs: Any) -> dict[str, Tensor]:
+    """The LM's weights after a run through all phases; checks that it was cut, trained on and left alone."""
+    cut, *others = everything()
+    last = Spy(lambda trainer, m: weights(find_causal_lm(m)[1]), "on_train_batch_start")
+    with torch.random.fork_rng():
+        trainer = fit(module, [last, *others, cut], batches(STEPS), max_steps=STEPS, **kwargs)
+    assert trainer.global_step == STEPS
+    assert isinstance(cut, StructuredCut)
+    assert cut.done
+    lm = find_causal_lm(module)[1]
+    assert lm.config.num_hidden_layers == len(anatomy_of(lm).layers) == 4
+    optimized = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    assert {id(p) for p in lm.parameters()} <= optimized
+    after = weights(lm)
+    assert all(not torch.equal(after[name], last.seen[-1][name]) for name in after)
+    assert pristine(module)
+    return after
+
+
+def pristine(module: nn.Module) -> bool:
+    """No hooks, no shadowed methods: as a module and an LM of which no callback ever knew."""
+    hooks = [value for child in module.modules() for key, value in vars(child).items() if key.endswith("_hooks")]
+    shadows = [
+        name
+        for child in module.modules()
+        for name in vars(child)
+        if name in ("forward", "configure_model", "configure_optimizers", "training_step", "backward", "manual_backward")
+    ]
+    return not any(hooks) and not shadows
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, Tensor]:
+    return run(Plain())
+
+
+# Where the LM is.
+
+
+class Late(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.lm
+
+    def configure_model(self) -> None:
+        if "lm" not in self._modules:
+            self.lm = tiny_lm()
+
+
+class Deep(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.Module()
+        inner.add_module("policy", self.lm)
+        del self.lm
+        self.agents = nn.ModuleDict({"first": nn.ModuleList([inner])})
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.agents["first"][0].policy(**batch, use_cache=False).loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.log("loss", self.training_step(batch, batch_idx))
+
+
+class WithTeacher(Plain):
+    """Two LMs, and a word on which of them to prune."""
+
+    pruned_model = "lm"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = tiny_lm(seed=5).eval().requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.lm.parameters(), lr=0.05)
+
+
+class OwnLoss(Plain):
+    """Calls the LM with positional arguments and no labels, and makes the loss itself."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self.lm(batch["input_ids"], batch["attention_mask"]).logits
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+class InADict(Plain):
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx), "note": "not a tensor"}
+
+
+@pytest.mark.parametrize("module", [Late, Deep, WithTeacher, InADict])
+def test_wherever_the_lm_is(module: type[Plain], reference: dict[str, Tensor]) -> None:
+    assert_equal(run(module()), reference)
+
+
+def test_positional_arguments_no_labels_and_a_cache(reference: dict[str, Tensor]) -> None:
+    assert_close(run(OwnLoss()), reference, rtol=1e-3, atol=1e-5)
+
+
+# What configure_optimizers returns.
+
+
+def cosine(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+
+
+FORMS: dict[str, tuple[bool, Callable[[Any], Any]]] = {
+    "optimizer": (False, lambda o: o),
+    "list": (False, lambda o: [o]),
+    "tuple": (False, lambda o: (o,)),
+    "dict": (False, lambda o: {"optimizer": o}),
+    "two lists": (True, lambda o: ([o], [{"scheduler": cosine(o), "interval": "step"}])),
+    "a tuple of lists, the second one empty": (False, lambda o: ([o], [])),
+    "dict with a scheduler's config": (
+        True, lambda o: {"optimizer": o, "lr_scheduler": {"scheduler": cosine(o), "interval": "step"}},
+    ),
+    "tuple of one dict": (
+        True, lambda o: ({"optimizer": o, "lr_scheduler": {"scheduler": cosine(o), "interval": "step"}},),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_configure_optimizers(form: str, reference: dict[str, Tensor]) -> None:
+    scheduled, wrap = FORMS[form]
+
+    class Stranger(Plain):
+        def configure_optimizers(self) -> Any:
+            return wrap(torch.optim.SGD(self.parameters(), lr=0.05))
+
+    expected = reference
+    if scheduled:
+        expected = run(Plain(scheduler=cosine))
+        assert any(not torch.equal(expected[name], reference[name]) for name in reference)
+    assert_equal(run(Stranger()), expected)
+
+
+def test_scheduler_by_epoch_without_a_config() -> None:
+    class Stranger(Plain):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+            return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+
+    run(Stranger())
+
+
+def test_plateau_scheduler() -> None:
+    class Stranger(Plain):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss"}}
+
+    run(Stranger())
+
+
+def test_filter_on_requires_grad_sees_all_weights(reference: dict[str, Tensor]) -> None:
+    """Held weights are held after the optimizers are configured, so that this common filter keeps them."""
+
+    class Stranger(Plain):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+    assert_equal(run(Stranger()), reference)
+
+
+# Manual optimization.
+
+
+class Manual(Plain):
+    def __init__(self, lm: Any = None) -> None:
+        super().__init__(lm)
+        self.automatic_optimization = False
+
+    def loss(self, batch: Batch) -> Tensor:
+        return self.lm(**batch, use_cache=False).loss
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+class Saved(Manual):
+    """The last operation of the loss saves its output: adding to that in place would be an error."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch).log().exp()
+
+
+class Closure(Manual):
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+
+        def closure() -> Tensor:
+            loss = self.loss(batch)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure=closure)
+
+
+@pytest.mark.parametrize("module", [Manual, Closure])
+def test_manual_optimization_is_automatic_optimization(module: type[Manual], reference: dict[str, Tensor]) -> None:
+    assert_equal(run(module()), reference)
+
+
+@pytest.mark.parametrize("module", [Manual, Saved, Closure])
+def test_penalty_reaches_the_gradient_exactly_under_manual_optimization(module: type[Manual], tmp_path: Any) -> None:
+    lm, batch = tiny_lm(), batches(1)[0]
+    twin = copy.deepcopy(lm)
+    states: list[tuple[Tensor, Tensor]] = []
+    anatomy_of(twin).layers[2].register_forward_hook(lambda m, i, o: states.append((i[0], o)))
+    loss = twin(**batch, use_cache=False).loss
+    difference = states[0][1] - states[0][0]
+    (loss + 3.0 * (difference.norm(dim=-1) / difference.shape[-1] ** 0.5).mean()).backward()
+    PruningPlan.dropping(anatomy_of(lm), [2]).save(tmp_path / "plan.json")
+    stranger = module(lm)
+    spy = Spy(lambda trainer, m: gradients(m.lm), "on_before_optimizer_step")
+    fit(stranger, [spy, PlanFromFile(str(tmp_path / "plan.json")), DifferencePenalty(3.0, stop=3)], [batch], 1)
+    assert_close(spy.seen[0], gradients(twin), rtol=1e-4, atol=1e-6)
+
+
+def test_two_optimizers_one_of_which_has_nothing_to_do_with_the_lm(reference: dict[str, Tensor]) -> None:
+    class Two(Manual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.probe = nn.Linear(2, 2)
+
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            ours, _ = self.optimizers()
+            ours.zero_grad()
+            self.manual_backward(self.loss(batch))
+            ours.step()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.lm.parameters(), lr=0.05), torch.optim.SGD(self.probe.parameters(), lr=0.05)
+
+    assert_equal(run(Two()), reference)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
+def test_precisions(precision: Any, reference: dict[str, Tensor]) -> None:
+    class InPlace(Plain):
+        def __init__(self) -> None:
+            super().__init__(optimizer=lambda p: torch.optim.SGD(p, lr=1e-2))
+
+    module = InPlace()
+    cut, *others = everything()
+    trainer = fit(module, [cut, *others], batches(STEPS), max_steps=STEPS, precision=precision)
+    assert trainer.global_step == STEPS
+    assert isinstance(cut, StructuredCut)
+    assert cut.metrics["after"]["val/loss"] == pytest.approx(cut.metrics["before"]["val/loss"], rel=2e-2)
+    dtype = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}[precision]
+    assert {p.dtype for p in module.parameters()} == {dtype}
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert pristine(module)
+
+
+# Traces.
+
+
+def test_a_module_wrapped_by_its_owner_gets_its_own_wrapper_back() -> None:
+    module = Plain()
+    calls: list[str] = []
+    module.configure_model = lambda: calls.append("mine")  # type: ignore[method-assign]
+    mine = module.configure_model
+    trainer_for([RandomSelector(drop=1), StructuredCut(at=1)], 2).fit(module, batches(2), batches(1))
+    assert calls == ["mine"]
+    assert module.configure_model is mine
+
+
+def test_validate_and_test_leave_no_trace_and_do_not_cut() -> None:
+    class Tested(Plain):
+        def test_step(self, batch: Batch, batch_idx: int) -> None:
+            self.validation_step(batch, batch_idx)
+
+    module = Tested()
+    shape = copy.deepcopy([attached(child) for child in module.modules()])
+    before = weights(module)
+    for verb in ("validate", "test"):
+        trainer = trainer_for([BlockInfluenceSelector(drop=1), GateAnnealing(), StructuredCut(at=3)], 5)
+        getattr(trainer, verb)(module, batches(2))
+        assert [attached(child) for child in module.modules()] == shape
+    assert_equal(weights(module), before)
+
+
+def test_a_cut_checkpoint_validates_in_an_uncut_module(tmp_path: Any) -> None:
+    """`trainer.validate(ckpt_path=...)`, with the callbacks, gives the cut model its shape before its weights load."""
+    cut = StructuredCut(at=2)
+    parts = [RandomSelector(drop=2), cut]
+    trainer = fit(Plain(), parts, batches(4), 4)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    expected = trainer.validate(trainer.lightning_module, batches(1), verbose=False)
+    module = Plain()
+    again = trainer_for([RandomSelector(drop=2), StructuredCut(at=2)], 4)
+    actual = again.validate(module, batches(1), ckpt_path=tmp_path / "cut.ckpt", verbose=False, weights_only=True)
+    assert actual == expected
+    assert module.lm.config.num_hidden_layers == 4
+
+
+def test_fitting_on_after_the_cut_goes_on_with_the_cut_model() -> None:
+    """A second `fit` of the same trainer: nothing is selected, emptied or cut again."""
+    module = Plain()
+    cut, *others = everything()
+    trainer = fit(module, [cut, *others], batches(STEPS), STEPS)
+    first = weights(module)
+    trainer.fit_loop.epoch_loop.max_steps = STEPS + 2
+    trainer.fit(module, batches(4), batches(1))
+    assert trainer.global_step == STEPS + 2
+    assert module.lm.config.num_hidden_layers == 4
+    assert weights(module).keys() == first.keys()
+    assert all(not torch.equal(value, first[name]) for name, value in weights(module).items())
+    assert pristine(module)
+
+
+def test_no_callbacks_no_pipeline() -> None:
+    trainer = fit(Plain(), [], batches(1), 1)
+    assert Pipeline.of(trainer) is None

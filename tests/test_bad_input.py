@@ -1,0 +1,310 @@
+"""Invariant 7: what cannot work is refused in one sentence, before the first step, and everything is left as it was."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from lightprune import (
+    BlockInfluenceSelector,
+    ConfigError,
+    DifferencePenalty,
+    GateAnnealing,
+    GreedyPerplexitySelector,
+    LayerGateSelector,
+    PlanFromFile,
+    PruningPlan,
+    RandomSelector,
+    Recovery,
+    StructuredCut,
+)
+from lightprune.anatomy import anatomy_of
+from tests.families import tiny_lm
+from tests.training import Plain, assert_equal, batches, trainer_for, weights
+
+
+class NoStep(Plain):
+    """Fails the test if training begins."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise AssertionError("training began")
+
+
+def unknown_family() -> NoStep:
+    config = CONFIG_MAPPING["gemma"](
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, vocab_size=32,
+    )  # fmt: skip
+    return NoStep(AutoModelForCausalLM.from_config(config))
+
+
+def without_lm() -> NoStep:
+    module = NoStep()
+    module.lm = nn.Linear(2, 2)  # type: ignore[assignment]
+    return module
+
+
+def with_two_lms() -> NoStep:
+    module = NoStep()
+    module.teacher = tiny_lm(num_layers=2)
+    return module
+
+
+def misnamed() -> NoStep:
+    module = with_two_lms()
+    module.pruned_model = "student"  # type: ignore[assignment]
+    return module
+
+
+CASES: dict[str, tuple[Callable[[], NoStep], Callable[[], list[Callback]], dict[str, Any], str]] = {
+    "unknown family": (unknown_family, lambda: [RandomSelector(drop=1)], {}, r"'gemma'.*llama.*`model`"),
+    "no LM": (without_lm, lambda: [RandomSelector(drop=1)], {}, r"NoStep holds 0 .*exactly one.*pruned_model"),
+    "two LMs": (with_two_lms, lambda: [RandomSelector(drop=1)], {}, r"holds 2 .*at lm, teacher.*pruned_model"),
+    "a name of neither": (misnamed, lambda: [RandomSelector(drop=1)], {}, r"`pruned_model` is 'student'"),
+    "drop too many": (NoStep, lambda: [RandomSelector(drop=5, protect_first=1, protect_last=1)], {}, r"drop is 5.*1 to 4"),
+    "drop all": (NoStep, lambda: [BlockInfluenceSelector(drop=6)], {}, r"drop is 6.*from 1 to 5"),
+    "drop none": (NoStep, lambda: [GreedyPerplexitySelector(drop=0)], {}, r"drop is 0.*from 1 to 5"),
+    "negative protection": (NoStep, lambda: [RandomSelector(drop=1, protect_last=-1)], {}, r"protect_last is -1"),
+    "reversed window of a selector": (
+        NoStep,
+        lambda: [BlockInfluenceSelector(drop=1, start=5, stop=3)],
+        {},
+        r"opens at step 5 and closes at step 3.*`stop`",
+    ),
+    "a window that begins before the run": (
+        NoStep, lambda: [BlockInfluenceSelector(drop=1, start=-1)], {}, r"start is -1",
+    ),
+    "cut before selection ends": (
+        NoStep,
+        lambda: [LayerGateSelector(drop=2, steps_per_round=5), StructuredCut(at=9)],
+        {},
+        r"StructuredCut.at is 9.*LayerGateSelector.*step 10.*at least 10",
+    ),
+    "transfer before selection ends": (
+        NoStep,
+        lambda: [BlockInfluenceSelector(drop=1, stop=6), DifferencePenalty(start=4), StructuredCut(at=9)],
+        {},
+        r"DifferencePenalty.start is 4.*step 6",
+    ),
+    "transfer after the cut": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), GateAnnealing(stop=12), StructuredCut(at=9)],
+        {},
+        r"GateAnnealing.stop is 12, after the cut at 9",
+    ),
+    "reversed window of a regularizer": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), GateAnnealing(start=6, stop=5), StructuredCut(at=9)],
+        {},
+        r"starts at step 6 and stops at step 5",
+    ),
+    "no time for the transfer": (
+        NoStep,
+        lambda: [BlockInfluenceSelector(drop=1, stop=6), GateAnnealing(), StructuredCut(at=6)],
+        {},
+        r"starts at step 6 and stops at step 6",
+    ),
+    "nothing to select": (NoStep, lambda: [StructuredCut(at=3)], {}, r"nothing to cut.*selector"),
+    "nothing to empty": (NoStep, lambda: [GateAnnealing(stop=3)], {}, r"no plan.*selector"),
+    "a ramp without an end": (NoStep, lambda: [RandomSelector(drop=1), GateAnnealing()], {}, r"stop is not set"),
+    "nothing to recover from": (
+        NoStep, lambda: [RandomSelector(drop=1), Recovery(lr=1e-3)], {}, r"Recovery.*StructuredCut",
+    ),
+    "negative l1": (NoStep, lambda: [LayerGateSelector(drop=1, l1=-0.1)], {}, r"LayerGateSelector.l1 is -0.1"),
+    "negative gate rate": (NoStep, lambda: [LayerGateSelector(drop=1, lr=-1.0)], {}, r"LayerGateSelector.lr is -1.0"),
+    "empty rounds": (
+        NoStep, lambda: [LayerGateSelector(drop=1, steps_per_round=0)], {}, r"steps_per_round is 0",
+    ),
+    "too many rounds": (NoStep, lambda: [LayerGateSelector(drop=2, rounds=3)], {}, r"rounds is 3.*drop=2"),
+    "no patience": (NoStep, lambda: [LayerGateSelector(drop=2, patience=0)], {}, r"patience is 0"),
+    "negative strength": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), DifferencePenalty(strength=-1.0), StructuredCut(at=9)],
+        {},
+        r"DifferencePenalty.strength is -1.0",
+    ),
+    "negative recovery rate": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), StructuredCut(at=9), Recovery(lr=-1.0)],
+        {},
+        r"Recovery.lr is -1.0",
+    ),
+    "decay without an end": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), StructuredCut(at=2), Recovery(lr=1.0, decay="cosine")],
+        {"max_steps": -1, "max_epochs": 1},
+        r"Recovery.decay is 'cosine'.*max_steps",
+    ),
+    "two selectors": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), BlockInfluenceSelector(drop=1)],
+        {},
+        r"RandomSelector and BlockInfluenceSelector both select layers",
+    ),
+    "two cuts": (
+        NoStep, lambda: [RandomSelector(drop=1), StructuredCut(at=4), StructuredCut(at=5)], {}, r"more than one",
+    ),
+    "max_steps before the cut": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), StructuredCut(at=11)],
+        {},
+        r"max_steps is 10, before the cut at 11",
+    ),
+    "too few epochs": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), StructuredCut(at=11)],
+        {"max_steps": -1, "max_epochs": 2, "accumulate_grad_batches": 2},
+        # 5 batches an epoch, two a step, the last step of an epoch takes what is left.
+        r"after 6 optimizer steps \(2 epochs\), before the cut at 11.*at most 6",
+    ),
+    "strategy": (
+        NoStep,
+        lambda: [RandomSelector(drop=1)],
+        {"strategy": "ddp_spawn", "devices": 2},
+        r"cannot prune under DDPStrategy.*strategy=auto",
+    ),
+}  # fmt: skip
+
+
+def attached(owner: Any) -> dict[str, Any]:
+    """What a run can leave behind on an object: hooks, and methods shadowed on the instance."""
+    return {
+        name: (sorted(value) if isinstance(value, dict) else value)
+        for name, value in vars(owner).items()
+        if name.endswith("_hooks") or callable(value)
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_before_the_first_step(name: str) -> None:
+    make_module, make_callbacks, kwargs, message = CASES[name]
+    module, callbacks = make_module(), make_callbacks()
+    trainer = trainer_for(callbacks, **({"max_steps": 10} | kwargs))
+    before, shape = weights(module), copy.deepcopy([attached(child) for child in module.modules()])
+    strategy = set(vars(trainer.strategy))
+    if "strategy" in kwargs:
+        # No processes for this one: `setup` is what refuses.
+        trainer.strategy.connect(module)
+        with pytest.raises(ConfigError, match=message) as error:
+            callbacks[0].setup(trainer, module, "fit")
+    else:
+        with pytest.raises(ConfigError, match=message) as error:
+            trainer.fit(module, batches(5), batches(1))
+    # One sentence.
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert ". " not in text
+    # Nothing moved, nothing left behind.
+    assert trainer.global_step == 0
+    assert_equal(weights(module), before)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert [attached(child) for child in module.modules()] == shape
+    assert {key for key in set(vars(trainer.strategy)) - strategy if callable(vars(trainer.strategy)[key])} == set()
+    assert all(getattr(callback, "plan", None) is None for callback in callbacks)
+
+
+def plan_file(path: Any, **changes: Any) -> str:
+    values = PruningPlan.dropping(anatomy_of(tiny_lm()), [1]).to_dict() | changes
+    PruningPlan.from_dict(values).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "opt"}, r"another model.*`model_type` is 'opt'.*'llama'"),
+        ({"num_layers": 8}, r"another model.*`num_layers` is 8.*6"),
+        ({"hidden_size": 48}, r"another model.*`hidden_size` is 48.*32"),
+        ({"kept_layers": []}, r"`kept_layers` are \[\]"),
+        ({"kept_layers": [0, 6]}, r"from 0 to 5"),
+        ({"kept_layers": [-1, 2]}, r"from 0 to 5"),
+        ({"kept_layers": [2, 1]}, r"ascending"),
+        ({"kept_layers": [1, 1]}, r"distinct"),
+    ],
+)
+def test_a_plan_for_another_model(changes: dict[str, Any], message: str, tmp_path: Any) -> None:
+    module = NoStep()
+    selector = PlanFromFile(plan_file(tmp_path / "plan.json", **changes))
+    with pytest.raises(ConfigError, match=message):
+        trainer_for([selector, StructuredCut(at=3)], 5).fit(module, batches(5))
+    assert module.lm.config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no pruning plan at"),
+        ("{", "not valid JSON"),
+        ("[]", "exactly the fields"),
+        ("{}", "exactly the fields"),
+        (
+            '{"format": 9, "model_type": "llama", "num_layers": 6, "hidden_size": 32, "kept_layers": [], "provenance": {}}',
+            "`format` is 9",
+        ),
+        (
+            '{"format": 1, "model_type": "llama", "num_layers": 6, "hidden_size": 32, "kept_layers": [0.5], "provenance": {}}',
+            "whole numbers",
+        ),
+    ],
+)
+def test_a_file_that_is_no_plan(text: str | None, message: str, tmp_path: Any) -> None:
+    path = tmp_path / "plan.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        trainer_for([PlanFromFile(str(path))], 5).fit(NoStep(), batches(5))
+
+
+def test_a_run_of_unknown_length_may_contain_the_cut() -> None:
+    """Refusing is for what cannot work: an endless data set, or epochs that are just long enough, can."""
+    cut = StructuredCut(at=6, validate=False)
+    trainer = trainer_for([RandomSelector(drop=1), cut], -1, max_epochs=2, accumulate_grad_batches=2)
+    trainer.fit(Plain(), batches(5))
+    assert cut.done
+
+
+def test_the_module_can_be_fitted_after_a_refusal() -> None:
+    module = Plain()
+    with pytest.raises(ConfigError):
+        trainer_for([RandomSelector(drop=9)], 2).fit(module, batches(2))
+    cut = StructuredCut(at=1, validate=False)
+    trainer_for([RandomSelector(drop=1), cut], 2).fit(module, batches(2))
+    assert cut.done
+
+
+def test_what_goes_wrong_in_training_leaves_nothing_behind() -> None:
+    class Broken(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 3:
+                raise RuntimeError("broken")
+            return super().training_step(batch, batch_idx)
+
+    for selector in (LayerGateSelector(drop=2, steps_per_round=2), RandomSelector(drop=2)):
+        module = Broken()
+        shape = copy.deepcopy([attached(child) for child in module.modules()])
+        parts = [selector, GateAnnealing(), DifferencePenalty(), StructuredCut(at=6)]
+        with pytest.raises(RuntimeError, match="broken"):
+            trainer_for(parts, 8).fit(module, batches(8))
+        assert [attached(child) for child in module.modules()] == shape
+        assert all(parameter.requires_grad for parameter in module.parameters())
+        torch.stack([p.sum() for p in module.parameters()]).isfinite().all()
+
+
+def test_lightning_errors_are_not_hidden() -> None:
+    class NoOptimizer(Plain):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    module = NoOptimizer()
+    with pytest.warns(UserWarning, match="configure_optimizers"):
+        L.Trainer(
+            max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, accelerator="cpu", limit_val_batches=0,
+        ).fit(module, batches(1))  # fmt: skip

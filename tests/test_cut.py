@@ -1,0 +1,151 @@
+"""`StructuredCut` in a running fit."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from lightprune import (
+    BlockInfluenceSelector,
+    GateAnnealing,
+    PlanFromFile,
+    PruningPlan,
+    RandomSelector,
+    StructuredCut,
+)
+from lightprune.anatomy import anatomy_of
+from lightprune.pipeline import Pipeline
+from tests.families import FAMILIES, left_padded, tiny_lm
+from tests.surgery.test_model import assert_same, cached_logits, cut_copy, logits_of
+from tests.training import Plain, Spy, assert_equal, batches, fit, trainer_for, weights
+
+DROP = [0, 4]
+
+
+def parts(lm: Any, tmp_path: Any, at: int, **kwargs: Any) -> tuple[PlanFromFile, StructuredCut]:
+    PruningPlan.dropping(anatomy_of(lm), DROP).save(tmp_path / "plan.json")
+    return PlanFromFile(str(tmp_path / "plan.json")), StructuredCut(at=at, **kwargs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cut_at_the_end_of_a_fit_that_changes_no_weight_is_surgery_alone(name: str, tmp_path: Any) -> None:
+    lm, batch = tiny_lm(name), left_padded()
+    expected = cut_copy(lm, DROP)
+    module = Plain(lm, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    selector, cut = parts(lm, tmp_path, at=2)
+    trainer = fit(module, [cut, selector], batches(2), max_steps=2)
+    assert cut.done
+    assert cut.step == trainer.global_step == 2
+    assert_equal(weights(lm), weights(expected))
+    assert_same(logits_of(lm, batch), logits_of(expected, batch), 0)
+    assert_same(cached_logits(lm, batch), logits_of(expected, batch))
+    assert cut.parameters == {
+        "before": sum(p.numel() for p in tiny_lm(name).parameters()),
+        "after": sum(p.numel() for p in expected.parameters()),
+    }
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_cut_comes_after_its_optimizer_step(accumulate: int, tmp_path: Any) -> None:
+    lm = tiny_lm()
+    selector, cut = parts(lm, tmp_path, at=2)
+    before, after = (
+        Spy(lambda trainer, m: (trainer.global_step, len(anatomy_of(m.lm).layers)), hook)
+        for hook in ("on_train_batch_start", "on_train_batch_end")
+    )
+    fit(Plain(lm), [before, after, selector, cut], batches(12), max_steps=4, accumulate_grad_batches=accumulate)
+    # The last spy comes before the cut in the order of callbacks, so it sees the cut from the next batch on.
+    assert before.seen == [(i // accumulate, 6 if i < 2 * accumulate else 4) for i in range(4 * accumulate)]
+    assert cut.step == 2
+
+
+def test_metrics_are_those_of_the_uncut_and_the_cut_model_and_reach_the_logger(tmp_path: Any) -> None:
+    lm = tiny_lm()
+    selector, cut = parts(lm, tmp_path, at=1)
+    module = Plain(lm, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    logger = CSVLogger(tmp_path)
+    data = batches(2)
+    trainer = trainer_for([selector, cut], 3, logger=logger, log_every_n_steps=1)
+    uncut = tiny_lm().eval()
+    expected = {
+        moment: sum(model(**batch, use_cache=False).loss.item() for batch in data) / 2
+        for moment, model in (("before", uncut), ("after", cut_copy(uncut, DROP)))
+    }
+    trainer.fit(module, batches(3), data)
+    for moment, loss in expected.items():
+        assert cut.metrics[moment] == {"val/loss": pytest.approx(loss, rel=1e-5)}
+    lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "cut/before/val/loss" in lines
+    assert "cut/after/val/loss" in lines
+
+
+def test_without_validation_there_are_no_metrics_and_no_validation(tmp_path: Any) -> None:
+    lm = tiny_lm()
+    selector, cut = parts(lm, tmp_path, at=1, validate=False)
+    spy = Spy(lambda *_: None, "on_validation_start")
+    fit(Plain(lm), [spy, selector, cut], batches(3), max_steps=3, limit_val_batches=0)
+    assert cut.metrics == {}
+    assert spy.seen == []
+
+
+def test_validation_at_the_cut_disturbs_neither_the_loop_nor_the_result(tmp_path: Any) -> None:
+    def run(validate: bool) -> tuple[dict[str, torch.Tensor], list[int]]:
+        lm = tiny_lm()
+        selector, cut = parts(lm, tmp_path, at=2, validate=validate)
+        spy = Spy(lambda trainer, _: trainer.fit_loop.epoch_loop.batch_idx)
+        fit(Plain(lm), [spy, selector, cut], batches(3), max_steps=6)
+        return weights(lm), spy.seen
+
+    with_validation, without = run(True), run(False)
+    assert_equal(with_validation[0], without[0])
+    assert with_validation[1] == without[1]
+
+
+def test_a_module_without_validation_is_cut_all_the_same() -> None:
+    class NoValidation(Plain):
+        validation_step = None  # type: ignore[assignment]
+
+    cut = StructuredCut(at=1)
+    trainer = trainer_for([RandomSelector(drop=1), cut], 2)
+    trainer.fit(NoValidation(), batches(2))
+    assert cut.done
+
+
+def test_training_continues_in_training_mode(tmp_path: Any) -> None:
+    lm = tiny_lm()
+    selector, cut = parts(lm, tmp_path, at=1)
+    spy = Spy(lambda trainer, m: all(child.training for child in m.modules()), "on_before_zero_grad")
+    fit(Plain(lm), [spy, selector, cut], batches(3), max_steps=3)
+    assert spy.seen == [True] * 3
+
+
+def test_early_stopping_before_the_cut_is_not_an_error(tmp_path: Any) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = True
+
+    lm = tiny_lm()
+    selector, cut = parts(lm, tmp_path, at=3)
+    fit(Plain(lm), [Stop(), selector, cut], batches(5), max_steps=5)
+    assert not cut.done
+    assert len(anatomy_of(lm).layers) == 6
+
+
+def test_state_is_plain(tmp_path: Any) -> None:
+    """Checkpoints must load with `weights_only=True`, before and after the cut."""
+    for at in (2, 4):
+        lm = tiny_lm()
+        selector, cut = parts(lm, tmp_path, at=at)
+        trainer = fit(Plain(lm), [selector, cut], batches(4), max_steps=2 if at == 2 else 4)
+        trainer.save_checkpoint(tmp_path / "some.ckpt")
+        saved = torch.load(tmp_path / "some.ckpt", weights_only=True)["callbacks"]
+        assert saved["StructuredCut"]["plan"]["kept_layers"] == [1, 2, 3, 5]
+
+
+def test_phases(tmp_path: Any) -> None:
+    spy = Spy(lambda trainer, _: Pipeline.of(trainer).phase, "on_before_zero_grad")  # type: ignore[union-attr]
+    callbacks = [spy, BlockInfluenceSelector(drop=1, stop=2), GateAnnealing(), StructuredCut(at=4)]
+    fit(Plain(), callbacks, batches(5), max_steps=5)
+    assert spy.seen == ["select", "select", "transfer", "transfer", "recover"]

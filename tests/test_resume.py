@@ -1,0 +1,76 @@
+"""Invariant 6: kill -9 anywhere and resume in a new process; the end is that of a run that was never killed."""
+
+import multiprocessing
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.resume_run import CUT, SELECT, STEPS, run
+
+# A server that has imported everything once hands out the fresh processes.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["lightprune", "tests.resume_run"])
+
+CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "in the middle of a round": ({}, [1, SELECT // 2 + 1]),
+    "between rounds and after the selection": ({"hold": False}, [SELECT // 2, SELECT]),
+    "in the window": ({"every": 2}, [SELECT + 3]),
+    "just before the cut": ({}, [CUT - 1]),
+    "at the cut": ({"accumulate": 2}, [CUT]),
+    "after the cut": ({"every": 2}, [CUT + 1, STEPS - 1]),
+    "everywhere, with dropout": ({"dropout": True, "accumulate": 2}, [2, SELECT + 1, CUT, CUT + 2]),
+    "with block influence": ({"selector": "influence"}, [2, SELECT]),
+    "with greedy perplexity": ({"selector": "perplexity"}, [2, SELECT]),
+}
+
+
+def in_a_process(folder: Path, case: dict[str, Any], kill: int | None = None) -> int | None:
+    process = PROCESSES.Process(target=run, args=(folder, case, kill))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def end_of(folder: Path) -> dict[str, Any]:
+    # Plain values and tensors only, as in a checkpoint that is loaded with weights_only.
+    end = torch.load(folder / "end.pt", weights_only=True)
+    assert isinstance(end, dict)
+    return end
+
+
+def differences(left: Any, right: Any, path: str = "") -> list[str]:
+    """Where two nested values are not the same, bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return [] if left.dtype == right.dtype and torch.equal(left, right) else [path]
+    if isinstance(left, dict):
+        if left.keys() != right.keys():
+            return [f"{path}: {sorted(map(str, left.keys() ^ right.keys()))}"]
+        return [line for key in left for line in differences(left[key], right[key], f"{path}/{key}")]
+    if isinstance(left, (list, tuple)) and len(left) == len(right):
+        return [
+            line
+            for i, pair in enumerate(zip(left, right, strict=True))
+            for line in differences(*pair, f"{path}/{i}")
+        ]
+    return [] if left == right else [f"{path}: {left} != {right}"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_killed_and_resumed_ends_as_if_undisturbed(name: str, tmp_path: Path) -> None:
+    case, kills = CASES[name]
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    assert in_a_process(undisturbed, case) == 0
+    for kill in kills:
+        assert in_a_process(disturbed, case, kill) == -signal.SIGKILL
+        assert not (disturbed / "end.pt").exists()
+    assert in_a_process(disturbed, case) == 0
+    expected, actual = end_of(undisturbed), end_of(disturbed)
+    assert expected["step"] == STEPS
+    assert expected["cut"] == CUT
+    assert expected["layers"] == 4
+    assert differences(expected, actual) == []
+    checkpoints = [torch.load(folder / "last.ckpt", weights_only=True) for folder in (undisturbed, disturbed)]
+    assert differences(checkpoints[0]["optimizer_states"], checkpoints[1]["optimizer_states"]) == []
