@@ -8,6 +8,7 @@ from lightprune.module import CausalLM
 from lightprune.pipeline import Pipeline
 from lightprune.plan import PruningPlan
 from lightprune.progress import PruningProgressBar
+from lightprune.random_state import RandomState
 from lightprune.recovery import Recovery
 from lightprune.regularizers import DifferencePenalty, GateAnnealing
 from lightprune.report import RunReport
@@ -37,6 +38,7 @@ __all__ = [
     "PruningPlan",
     "PruningProgressBar",
     "RandomSelector",
+    "RandomState",
     "Recovery",
     "RunReport",
     "StructuredCut",

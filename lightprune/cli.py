@@ -19,6 +19,7 @@ from lightprune.export import card_of, check_target, export_hf, tokenizer_of
 from lightprune.pipeline import Part, Pipeline, find_causal_lm
 from lightprune.plan import PruningPlan
 from lightprune.progress import PruningProgressBar
+from lightprune.random_state import RandomState
 from lightprune.regularizers.base import Regularizer
 from lightprune.report import RunReport
 from lightprune.selectors.base import Selector
@@ -140,8 +141,9 @@ def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[
     defaults: list[Callback] = []
     if progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
         defaults.append(PruningProgressBar())
-    if not any(isinstance(callback, RunReport) for callback in given):
-        defaults.append(RunReport())
+    for kind in (RunReport, RandomState):
+        if not any(isinstance(callback, kind) for callback in given):
+            defaults.append(kind())
     return defaults
 
 

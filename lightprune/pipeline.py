@@ -121,7 +121,6 @@ _PIPELINES: "WeakKeyDictionary[L.Trainer, Pipeline]" = WeakKeyDictionary()
 class Pipeline:
     """The parts of one trainer, in the order of their stages, and the model that they work on."""
 
-
     def __init__(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.trainer = trainer
         self.module = module
@@ -228,9 +227,9 @@ class Pipeline:
             part.advance(self.step)
 
     def check_length(self) -> None:
-        """Refuse a run that would end before the cut; epochs, unlike `max_steps`, are only known once data is there."""
+        """Refuse epochs that would end before the cut: unlike `max_steps`, their length is known only with the data."""
         trainer, cut = self.trainer, self.cut
-        if cut is None or cut.done or trainer.max_steps != -1 or trainer.max_epochs in (None, -1):
+        if cut is None or cut.done or trainer.max_epochs in (None, -1):
             return
         batches = trainer.num_training_batches
         steps = (

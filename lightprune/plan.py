@@ -35,7 +35,16 @@ class PruningPlan:
 
     @classmethod
     def dropping(cls, anatomy: Anatomy, layers: Sequence[int], **provenance: Any) -> "PruningPlan":
-        """The plan that removes `layers` from the model that `anatomy` describes."""
+        """The plan that removes `layers` from the model that `anatomy` describes.
+
+        Raises:
+            ConfigError: the model has no such layers, or none would be left.
+        """
+        unknown = sorted(set(layers) - set(range(anatomy.num_layers)))
+        if unknown:
+            raise ConfigError(
+                f"Layers {unknown} cannot be dropped: the model's layers are 0 to {anatomy.num_layers - 1}."
+            )
         plan = cls(
             model_type=anatomy.model_type,
             num_layers=anatomy.num_layers,

@@ -14,8 +14,8 @@ class RandomState(Callback):
 
     A checkpoint of generators' states is not enough: validation loops and data loaders draw from the same generators,
     and not at the same moments in a resumed run. Here the randomness of a batch depends on nothing that came before it.
-    It concerns what happens in training steps (Python's, NumPy's and PyTorch's generators, on all devices); the order of
-    the data is the data module's business.
+    It concerns what happens in training steps (Python's, NumPy's and PyTorch's generators, on all devices); the order
+    of the data is the data module's business.
 
     Args:
         seed: None takes PyTorch's initial seed (`seed_everything`). The checkpoint's goes before either.

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class RunReport(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count what is there and, in a fresh run, validate it."""
         model = _language_model(trainer, pl_module)
-        self._hook = model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+        self._hook = model.register_forward_pre_hook(partial(self._count_tokens, trainer), with_kwargs=True)
         self._before = self._before or _size(trainer, model)
         self._phase = "validation"
         self._mark = time.perf_counter()
@@ -125,9 +126,11 @@ class RunReport(Callback):
             self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._mark
             self._mark = now
 
-    def _count_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _count_tokens(
+        self, trainer: pl.Trainer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """A tensor total stays on its device: reading it at every step would stall a GPU."""
-        if not model.training:
+        if not trainer.training:
             return
         input_ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:

@@ -53,7 +53,9 @@ _NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "att
 FAMILIES = tuple(_CONFIGS)
 
 
-def tiny_lm(name: str = "llama_tied", *, num_layers: int = NUM_LAYERS, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny_lm(
+    name: str = "llama_tied", *, num_layers: int = NUM_LAYERS, seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
     """A tiny LM in float32 without dropout, in training mode; `overrides` are config fields."""
     model_type, fields = _CONFIGS[name]
     fields = {"vocab_size": VOCABULARY, "num_hidden_layers": num_layers, "bos_token_id": 1, "eos_token_id": 2} | fields

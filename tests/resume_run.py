@@ -60,7 +60,10 @@ def callbacks_of(case: dict[str, Any]) -> list[Callback]:
         selector = lp.GreedyPerplexitySelector(drop=2, stop=SELECT)
     else:
         hold = case.get("hold", True)
-        selector = lp.LayerGateSelector(drop=2, steps_per_round=SELECT // 2, l1=0.02, hold_weights=hold)
+        patience = case.get("patience")
+        selector = lp.LayerGateSelector(
+            drop=2, steps_per_round=SELECT // 2, l1=0.02, hold_weights=hold, patience=patience
+        )
     return [
         lp.StructuredCut(at=CUT),
         lp.GateAnnealing(),
@@ -69,6 +72,12 @@ def callbacks_of(case: dict[str, Any]) -> list[Callback]:
         lp.Recovery(lr=2e-3, warmup_steps=2, decay="cosine"),
         RandomState(seed=7),
     ]
+
+
+def checkpoint_of(folder: Path, case: dict[str, Any]) -> ModelCheckpoint:
+    if case.get("on validation"):
+        return ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=False)
+    return ModelCheckpoint(folder, every_n_train_steps=case.get("every", 1), save_last=True, save_top_k=0)
 
 
 def run(folder: Path, case: dict[str, Any], kill: int | None = None) -> None:
@@ -86,7 +95,7 @@ def run(folder: Path, case: dict[str, Any], kill: int | None = None) -> None:
     callbacks = [
         *([] if kill is None else [Kill(kill)]),
         *callbacks_of(case),
-        ModelCheckpoint(folder, every_n_train_steps=case.get("every", 1), save_last=True, save_top_k=0),
+        checkpoint_of(folder, case),
     ]
     trainer = trainer_for(
         callbacks,

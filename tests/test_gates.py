@@ -87,7 +87,12 @@ def test_bypass_does_not_compute_the_layer_unless_a_cache_is_measured_there() ->
 
 def test_replaced_forwards_come_back_after_an_error() -> None:
     layers = anatomy_of(tiny_lm()).layers
-    with pytest.raises(RuntimeError, match="stop"), replaced_forwards(layers, {1: lambda *a, **k: a[0]}):
-        assert "forward" in vars(layers[1])
-        raise RuntimeError("stop")
+
+    def fail() -> None:
+        with replaced_forwards(layers, {1: lambda *args, **kwargs: args[0]}):
+            assert "forward" in vars(layers[1])
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert not any("forward" in vars(layer) for layer in layers)

@@ -114,4 +114,6 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def assert_close(left: dict[str, Tensor], right: dict[str, Tensor], rtol: float = 1e-4, atol: float = 1e-6) -> None:
     assert left.keys() == right.keys()
     for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            left[name], right[name], rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+        )

@@ -30,6 +30,7 @@ class Selector(Part):
 
     stage = Stage.SELECT
     structure: ClassVar[str] = "layers"
+    needs_batches: ClassVar[bool] = True
 
     def __init__(
         self, drop: int, start: int, stop: int, protect_first: int, protect_last: int, hold_weights: bool
@@ -66,15 +67,15 @@ class Selector(Part):
         for key in ("start", "protect_first", "protect_last"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{name}.{key} is {getattr(self, key)}: it must be at least 0.")
-        if self.stop < self.start:
-            raise ConfigError(
-                f"{name} opens at step {self.start} and closes at step {self.stop}: set `stop` to a later step."
-            )
         available, layers = len(self.candidates), self.pipeline.anatomy.num_layers
         if not 1 <= self.drop <= min(available, layers - 1):
             raise ConfigError(
                 f"{name}.drop is {self.drop}: the model has {layers} layers, {layers - available} of them protected, "
                 f"so `drop` must be from 1 to {min(available, layers - 1)}; lower it, or protect fewer layers."
+            )
+        if self.needs_batches and self.stop <= self.start:
+            raise ConfigError(
+                f"{name} opens at step {self.start} and closes at step {self.stop}: set `stop` to a step after `start`."
             )
 
     def advance(self, step: int) -> None:

@@ -13,6 +13,8 @@ class PlanFromFile(Selector):
         path: the JSON file, as `PruningPlan.save`, the export or `summary.json` wrote it.
     """
 
+    needs_batches = False
+
     def __init__(self, path: str) -> None:
         super().__init__(0, 0, 0, 0, 0, hold_weights=False)
         self.path = path

@@ -76,18 +76,18 @@ class LayerGateSelector(Selector):
         self._saved: dict[str, Any] | None = None
 
     def check(self) -> None:
-        super().check()
         for key in ("l1", "lr"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"LayerGateSelector.{key} is {getattr(self, key)}: it must be at least 0.")
         if self.steps_per_round < 1:
             raise ConfigError(f"LayerGateSelector.steps_per_round is {self.steps_per_round}: it must be at least 1.")
-        if not 1 <= self.rounds <= self.drop:
+        if self.rounds != self.drop and not 1 <= self.rounds < self.drop:
             raise ConfigError(
                 f"LayerGateSelector.rounds is {self.rounds}: it must be from 1 to drop={self.drop}, or null."
             )
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"LayerGateSelector.patience is {self.patience}: it must be at least 1, or null.")
+        super().check()
 
     @property
     def round(self) -> int:

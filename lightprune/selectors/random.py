@@ -17,6 +17,8 @@ class RandomSelector(Selector):
         protect_last: how many of the last layers may not go.
     """
 
+    needs_batches = False
+
     def __init__(self, drop: int, seed: int = 0, protect_first: int = 0, protect_last: int = 0) -> None:
         super().__init__(drop, 0, 0, protect_first, protect_last, hold_weights=False)
         self.seed = seed

@@ -1,6 +1,7 @@
 """Gate annealing: its schedule, seen from outside, and the cut that it makes free of any jump."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,9 +33,7 @@ class Watched(Plain):
         own: dict[int, Tensor] = {}
         self.now: set[int] = set()
         layers = anatomy_of(self.lm).layers
-        handles = [
-            layers[i].register_forward_hook(lambda m, a, o, i=i: own.update({i: o}), prepend=True) for i in DROP
-        ]
+        handles = [layers[i].register_forward_hook(lambda m, a, o, i=i: own.update({i: o}), prepend=True) for i in DROP]
         loss = super().training_step(batch, batch_idx)
         for handle in handles:
             handle.remove()
@@ -70,7 +69,7 @@ COSINE = [1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4
 def test_alpha_follows_its_shape_and_layers_at_zero_are_not_computed(
     shape: Any, order: Any, first: list[float], last: list[float], tmp_path: Any
 ) -> None:
-    """The window goes from step 1 to step 5; its last step trains with alpha = 0, and so does every one until the cut."""
+    """The window goes from step 1 to step 5; its last step trains with alpha = 0, and so does all until the cut."""
     lm = tiny_lm()
     module = Watched(lm)
     annealing = GateAnnealing(shape=shape, order=order, start=1, stop=5)
@@ -106,5 +105,5 @@ def test_layers_of_the_plan_learn_until_they_are_out_and_then_stand_still(tmp_pa
 
     spy = Spy(lambda trainer, m: values.append(m.lm.get_parameter(name).detach().clone()))
     fit(module, [spy, plan_of(lm, tmp_path), GateAnnealing(stop=3), StructuredCut(at=5)], batches(5), max_steps=5)
-    moved = [not torch.equal(before, after) for before, after in zip(values, values[1:], strict=False)]
+    moved = [not torch.equal(before, after) for before, after in pairwise(values)]
     assert moved == [True, True, False, False, False]

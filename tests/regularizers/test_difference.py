@@ -103,8 +103,7 @@ def test_reduction_does_not_depend_on_batch_length_or_width(norm: Norm) -> None:
     wide = layer_difference(hidden_in.repeat(1, 1, 2), hidden_out.repeat(1, 1, 2), norm)
     torch.testing.assert_close(wide, once)
     narrow, wide = (
-        layer_difference(*torch.randn(2, 8, 64, width, generator=generator), norm).mean().item()
-        for width in (64, 4096)
+        layer_difference(*torch.randn(2, 8, 64, width, generator=generator), norm).mean().item() for width in (64, 4096)
     )
     assert narrow == pytest.approx(wide, rel=0.02)
 

@@ -1,6 +1,7 @@
 """Learned gates against a loop of TRSP's stage 1 written out by hand: plain hooks, Adam from its formula."""
 
 import copy
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
@@ -128,10 +129,10 @@ def test_gates_follow_the_formula(
     assert selector.plan is not None
     history = selector.plan.provenance["rounds"]
     assert [entry["dropped"] for entry in history] == expected
-    assert selector.plan.dropped_layers == tuple(sorted(sum(expected, [])))
+    assert selector.plan.dropped_layers == tuple(sorted(chain.from_iterable(expected)))
     for number, entry in enumerate(history):
         at_end = trajectory[(number + 1) * steps - 1]
-        gone = sum(expected[:number], [])
+        gone = list(chain.from_iterable(expected[:number]))
         assert set(entry["gates"]) == {str(index) for index in candidates if index not in gone}
         for index, value in entry["gates"].items():
             assert value == pytest.approx(at_end[int(index)].item(), abs=2e-6)
@@ -207,7 +208,7 @@ def test_patience_ends_rounds_early_and_the_window_with_them() -> None:
         runs = [ranking[i] == ranking[i - 1] for i in range(1, length)]
         # The first time that two steps in a row changed nothing is the round's end.
         assert runs[-2:] == [True, True]
-        assert not any(a and b for a, b in zip(runs[:-1], runs[1:-1], strict=False))
+        assert not any(a and b for a, b in pairwise(runs[:-1]))
         assert ranking[-1] == entry["dropped"]
         begin += length
 

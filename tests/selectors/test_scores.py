@@ -58,9 +58,7 @@ def test_block_influence_is_a_mean_over_tokens_one_by_one(name: str) -> None:
 
 def hidden_states(lm: PreTrainedModel, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     seen: list[tuple[Tensor, Tensor]] = []
-    handles = [
-        layer.register_forward_hook(lambda m, i, o: seen.append((i[0], o))) for layer in anatomy_of(lm).layers
-    ]
+    handles = [layer.register_forward_hook(lambda m, i, o: seen.append((i[0], o))) for layer in anatomy_of(lm).layers]
     lm(**batch, use_cache=False)
     for handle in handles:
         handle.remove()

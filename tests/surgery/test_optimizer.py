@@ -69,7 +69,9 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "one cycle": lambda o: OneCycleLR(o, max_lr=rates(o, 5), total_steps=12),
     "cyclic": lambda o: CyclicLR(o, base_lr=rates(o, 1), max_lr=rates(o, 5), step_size_up=3, cycle_momentum=False),
     "sequential": lambda o: SequentialLR(o, [LinearLR(o, 0.1, total_iters=3), CosineAnnealingLR(o, 9)], [3]),
-    "sequential across the cut": lambda o: SequentialLR(o, [LinearLR(o, 0.1, total_iters=6), ExponentialLR(o, 0.9)], [6]),
+    "sequential across the cut": lambda o: SequentialLR(
+        o, [LinearLR(o, 0.1, total_iters=6), ExponentialLR(o, 0.9)], [6]
+    ),
 }
 CYCLED = ("lr", "momentum", "betas")
 
