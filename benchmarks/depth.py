@@ -157,7 +157,7 @@ class Bench:
         L.seed_everything(seed, verbose=False)
         module = lp.CausalLM(
             MODEL,
-            optimizer=partial(AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            optimizer=partial(AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
             lr_scheduler=partial(LambdaLR, lr_lambda=partial(warmup_and_decay, steps=steps)),
         )
         trainer = L.Trainer(

@@ -11,6 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightprune as lp
+from lightprune.data import Source, TextDataModule
+from lightprune.module import CausalLM
+from lightprune.pipeline import find_causal_lm
 from lightprune.random_state import RandomState
 from tests.families import tiny_lm
 from tests.training import Batch, Plain, batches, trainer_for
@@ -42,6 +45,18 @@ class Shuffled:
         self.consumed = state["consumed"]
 
 
+def text_data(folder: Path) -> TextDataModule:
+    """Two domains of the texts in `folder`."""
+    return TextDataModule(
+        {name: Source(files=str(folder / f"{name}.txt"), separator="|") for name in ("upper", "lower")},
+        block_size=8,
+        batch_size=2,
+        validation=2,
+        num_workers=0,
+        cache_dir=str(folder / "cache"),
+    )
+
+
 class Kill(Callback):
     """kill -9 as the batch begins that follows so many optimizer steps."""
 
@@ -59,10 +74,12 @@ def callbacks_of(case: dict[str, Any]) -> list[Callback]:
     elif case.get("selector") == "perplexity":
         selector = lp.GreedyPerplexitySelector(drop=2, stop=SELECT)
     else:
-        hold = case.get("hold", True)
-        patience = case.get("patience")
         selector = lp.LayerGateSelector(
-            drop=2, steps_per_round=SELECT // 2, l1=0.02, hold_weights=hold, patience=patience
+            drop=2,
+            steps_per_round=case.get("per round", SELECT // 2),
+            l1=0.02,
+            hold_weights=case.get("hold", True),
+            patience=case.get("patience"),
         )
     return [
         lp.StructuredCut(at=CUT),
@@ -86,12 +103,16 @@ def run(folder: Path, case: dict[str, Any], kill: int | None = None) -> None:
     # Deliberately different in every process: nothing may depend on how the generators were left.
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     dropout = {"attention_dropout": 0.3} if case.get("dropout") else {}
-    module = Plain(
-        tiny_lm("qwen2", **dropout),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=2e-3),
-        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 30),
-    )
+    optimizer: Any = lambda p: torch.optim.AdamW(p, lr=2e-3)  # noqa: E731
+    scheduler: Any = lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 30)  # noqa: E731
     accumulate = case.get("accumulate", 1)
+    module: L.LightningModule
+    if "text" in case:
+        module = CausalLM(str(case["text"] / "model"), optimizer=optimizer, lr_scheduler=scheduler)
+        data: dict[str, Any] = {"datamodule": text_data(case["text"])}
+    else:
+        module = Plain(tiny_lm("qwen2", **dropout), optimizer=optimizer, scheduler=scheduler)
+        data = {"train_dataloaders": Shuffled(8 * accumulate), "val_dataloaders": batches(1)}
     callbacks = [
         *([] if kill is None else [Kill(kill)]),
         *callbacks_of(case),
@@ -105,7 +126,7 @@ def run(folder: Path, case: dict[str, Any], kill: int | None = None) -> None:
         val_check_interval=4 * accumulate,
         default_root_dir=folder,
     )
-    trainer.fit(module, Shuffled(8 * accumulate), batches(1), ckpt_path="last", weights_only=True)
+    trainer.fit(module, **data, ckpt_path="last", weights_only=True)
     cut = next(c for c in trainer.callbacks if isinstance(c, lp.StructuredCut))
     selector = next(c for c in trainer.callbacks if hasattr(c, "protect_first"))
     torch.save(
@@ -119,7 +140,7 @@ def run(folder: Path, case: dict[str, Any], kill: int | None = None) -> None:
             "after": cut.metrics["after"],
             "plan": cut.plan.to_dict() if cut.plan else None,
             "selected": selector.plan.to_dict() if selector.plan else None,  # type: ignore[attr-defined]
-            "layers": module.lm.config.num_hidden_layers,
+            "layers": find_causal_lm(module)[1].config.num_hidden_layers,
         },
         folder / "end.pt",
     )

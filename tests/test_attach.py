@@ -1,7 +1,7 @@
 """The callbacks in strangers' modules: wherever the LM is, whatever they return, however they optimize."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
@@ -26,7 +26,19 @@ from lightprune.anatomy import anatomy_of
 from lightprune.pipeline import find_causal_lm
 from tests.families import tiny_lm
 from tests.test_bad_input import attached
-from tests.training import Batch, Plain, Spy, assert_close, assert_equal, batches, fit, gradients, trainer_for, weights
+from tests.training import (
+    Batch,
+    Batches,
+    Plain,
+    Spy,
+    assert_close,
+    assert_equal,
+    batches,
+    fit,
+    gradients,
+    trainer_for,
+    weights,
+)
 
 SELECT, CUT, STEPS = 4, 7, 9
 
@@ -346,6 +358,42 @@ def test_a_cut_checkpoint_validates_in_an_uncut_module(tmp_path: Any) -> None:
     actual = again.validate(module, batches(1), ckpt_path=tmp_path / "cut.ckpt", verbose=False, weights_only=True)
     assert actual == expected
     assert module.lm.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("module", [Plain, Late])
+@pytest.mark.parametrize("at", [2, CUT + 1])
+def test_a_new_trainer_goes_on_from_a_checkpoint(
+    module: type[Plain], at: int, reference: dict[str, Tensor], tmp_path: Any
+) -> None:
+    """Wherever the LM is built, it has the checkpoint's shape before the weights load."""
+    data = batches(STEPS)
+    first = fit(module(), [StopAt(at), *everything()], data, STEPS)
+    assert first.global_step == at
+    first.save_checkpoint(tmp_path / "some.ckpt")
+    again = module()
+    trainer = trainer_for(everything(), STEPS)
+    trainer.fit(again, Rest(data, at), data[:1], ckpt_path=tmp_path / "some.ckpt", weights_only=True)
+    assert_equal(weights(find_causal_lm(again)[1]), reference)
+    assert pristine(again)
+
+
+class Rest(Batches):
+    """A loader of all batches that stands after the first few."""
+
+    def __init__(self, data: Batches, consumed: int) -> None:
+        super().__init__(data)
+        self.consumed = consumed
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.data[self.consumed :])
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
 
 
 def test_fitting_on_after_the_cut_goes_on_with_the_cut_model() -> None:

@@ -1,5 +1,6 @@
 """Invariant 7: what cannot work is refused in one sentence, before the first step, and everything is left as it was."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -251,6 +252,10 @@ def test_a_plan_for_another_model(changes: dict[str, Any], message: str, tmp_pat
     assert module.lm.config.num_hidden_layers == 6
 
 
+def json_plan(**changes: Any) -> str:
+    return json.dumps(PruningPlan("llama", 6, 32, (0, 1)).to_dict() | changes)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -258,14 +263,11 @@ def test_a_plan_for_another_model(changes: dict[str, Any], message: str, tmp_pat
         ("{", "not valid JSON"),
         ("[]", "exactly the fields"),
         ("{}", "exactly the fields"),
-        (
-            '{"format": 9, "model_type": "opt", "num_layers": 6, "hidden_size": 32, "kept_layers": [], "provenance": {}}',
-            "`format` is 9",
-        ),
-        (
-            '{"format": 1, "model_type": "opt", "num_layers": 6, "hidden_size": 8, "kept_layers": [0.5], "provenance": {}}',
-            "whole numbers",
-        ),
+        (json_plan(extra=1), "exactly the fields"),
+        (json_plan(format=9), "`format` is 9"),
+        (json_plan(kept_layers=[0.5]), "whole numbers"),
+        (json_plan(kept_layers=3), "whole numbers"),
+        (json_plan(num_layers="6"), "whole numbers"),
     ],
 )
 def test_a_file_that_is_no_plan(text: str | None, message: str, tmp_path: Any) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.data.conftest import byte_tokenizer
+from tests.families import tiny_lm
 from tests.resume_run import CUT, SELECT, STEPS, run
 
 # A server that has imported everything once hands out the fresh processes.
@@ -23,7 +25,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "after the cut": ({"every": 2}, [CUT + 1, STEPS - 1]),
     "everywhere, with dropout": ({"dropout": True, "accumulate": 2}, [2, SELECT + 1, CUT, CUT + 2]),
     "with block influence": ({"selector": "influence"}, [2, SELECT]),
-    "with rounds that end early": ({"patience": 1}, [1, 3, SELECT]),
+    "with rounds that end early": ({"patience": 2, "per round": 4}, [2, 5, SELECT]),
     "saved by the validation at the cut": ({"on validation": True}, [CUT + 1]),
     "with greedy perplexity": ({"selector": "perplexity"}, [2, SELECT]),
 }
@@ -60,7 +62,18 @@ def differences(left: Any, right: Any, path: str = "") -> list[str]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_killed_and_resumed_ends_as_if_undisturbed(name: str, tmp_path: Path) -> None:
-    case, kills = CASES[name]
+    check(*CASES[name], tmp_path)
+
+
+def test_the_shipped_module_on_text(tmp_path: Path) -> None:
+    for name, letter in (("upper", "A"), ("lower", "b")):
+        (tmp_path / f"{name}.txt").write_text("|".join(8 * letter + f"{i:02d}" for i in range(20)))
+    tiny_lm("qwen2", vocab_size=257).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    check({"text": tmp_path}, [SELECT // 2 + 1, CUT, CUT + 2], tmp_path)
+
+
+def check(case: dict[str, Any], kills: list[int], tmp_path: Path) -> None:
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     assert in_a_process(undisturbed, case) == 0
     for kill in kills:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightprune import GateAnnealing, PlanFromFile, PruningPlan, RandomSelector, StructuredCut
 from lightprune.anatomy import anatomy_of
 from tests.families import FAMILIES, tiny_lm
-from tests.training import Plain, Spy, batches, fit
+from tests.training import Plain, Spy, assert_close, batches, fit, weights
 
 DROP = [1, 4]
 
@@ -107,3 +107,18 @@ def test_layers_of_the_plan_learn_until_they_are_out_and_then_stand_still(tmp_pa
     fit(module, [spy, plan_of(lm, tmp_path), GateAnnealing(stop=3), StructuredCut(at=5)], batches(5), max_steps=5)
     moved = [not torch.equal(before, after) for before, after in pairwise(values)]
     assert moved == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool, tmp_path: Any) -> None:
+    """All the way to layers that are left out."""
+
+    def run(checkpointed: bool) -> dict[str, Tensor]:
+        lm = tiny_lm()
+        if checkpointed:
+            lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            lm.enable_input_require_grads()
+        fit(Plain(lm), [plan_of(lm, tmp_path), GateAnnealing(), StructuredCut(at=4)], batches(5), max_steps=5)
+        return weights(lm)
+
+    assert_close(run(True), run(False), rtol=1e-4, atol=1e-6)

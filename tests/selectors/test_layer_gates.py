@@ -224,3 +224,20 @@ def test_dropped_layers_are_bypassed_in_later_rounds_and_free_after_the_window()
     assert selector.plan is not None
     first = selector.plan.provenance["rounds"][0]["dropped"]
     assert spy.seen == [[], first, first, [], [], []]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    """Held weights leave the gates alone to carry the gradient."""
+
+    def run(checkpointed: bool) -> list[dict[str, float]]:
+        lm = tiny_lm()
+        if checkpointed:
+            lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        selector = LayerGateSelector(drop=2, steps_per_round=3)
+        fit(Plain(lm), [selector], batches(6), max_steps=6)
+        assert selector.plan is not None
+        return [entry["gates"] for entry in selector.plan.provenance["rounds"]]
+
+    for actual, expected in zip(run(True), run(False), strict=True):
+        assert actual == pytest.approx(expected, abs=1e-5)
