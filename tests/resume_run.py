@@ -76,6 +76,7 @@ def callbacks_of(case: dict[str, Any]) -> list[Callback]:
     else:
         selector = lp.LayerGateSelector(
             drop=2,
+            rounds=case.get("rounds"),
             steps_per_round=case.get("per round", SELECT // 2),
             l1=0.02,
             hold_weights=case.get("hold", True),

@@ -25,7 +25,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "after the cut": ({"every": 2}, [CUT + 1, STEPS - 1]),
     "everywhere, with dropout": ({"dropout": True, "accumulate": 2}, [2, SELECT + 1, CUT, CUT + 2]),
     "with block influence": ({"selector": "influence"}, [2, SELECT]),
-    "with rounds that end early": ({"patience": 2, "per round": 4}, [2, 5, SELECT]),
+    "with a round that ends early": ({"rounds": 1, "per round": 8, "patience": 2}, [2, 3, 4, 5, 6]),
     "saved by the validation at the cut": ({"on validation": True}, [CUT + 1]),
     "with greedy perplexity": ({"selector": "perplexity"}, [2, SELECT]),
 }
