@@ -39,7 +39,7 @@ DROP = 8
 BLOCK = 256
 BATCH = 4
 TOKENS = 131_072
-HELD_OUT_BLOCKS = 64
+HELD_OUT_BLOCKS = 48
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 SEEDS = (0, 1)
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +48,7 @@ SELECTORS: dict[str, Callable[[int], lp.selectors.Selector]] = {
     "ShortGPT": lambda seed: lp.BlockInfluenceSelector(drop=DROP, stop=8),
     "SLEB": lambda seed: lp.GreedyPerplexitySelector(drop=DROP, stop=3),
     "random": lambda seed: lp.RandomSelector(drop=DROP, seed=seed),
-    "gates": lambda seed: lp.LayerGateSelector(drop=DROP, steps_per_round=5),
+    "gates": lambda seed: lp.LayerGateSelector(drop=DROP, steps_per_round=5, protect_last=1),
 }
 
 
@@ -85,14 +85,13 @@ ROWS = (
     Row("random, untrained", "random", trained=False),
     Row("gates, untrained (TRSP without stage 2)", "gates", trained=False),
     Row("SLEB, then finetuned", "SLEB"),
-    Row("ELDeR, annealing, SLEB's layers", "SLEB", annealing, cut=0.5),
-    Row("TRSP, annealing, SLEB's layers", "SLEB", annealing, cut=1.0),
-    Row("gates, then finetuned", "gates"),
-    Row("ELDeR, annealing", "gates", annealing, cut=0.5),
     Row("TRSP, annealing", "gates", annealing, cut=1.0),
-    Row("ShortGPT, then finetuned", "ShortGPT"),
+    Row("ELDeR, annealing (a quarter), then recovery", "gates", annealing, cut=0.25),
+    Row("gates, then finetuned", "gates"),
     Row("TRSP, penalty", "gates", penalty, cut=1.0),
-    Row("ELDeR, penalty", "gates", penalty, cut=0.5),
+    Row("ELDeR, penalty (half), then recovery", "gates", penalty, cut=0.5),
+    Row("ShortGPT, then finetuned", "ShortGPT"),
+    Row("annealing (a quarter), then recovery, SLEB's layers", "SLEB", annealing, cut=0.25),
     Row("dense, finetuned"),
     Row("random, then finetuned", "random"),
 )

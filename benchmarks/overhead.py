@@ -133,7 +133,7 @@ def fit(module: L.LightningModule, callbacks: list[Callback], steps: int) -> Non
 
 
 def time_variants(rounds: int) -> dict[str, list[float]]:
-    """Seconds: steps of every variant, steps after a cut, steps of a fresh model of that shape, cuts, forward passes."""
+    """Seconds: steps of every variant, after a cut, and of a fresh model of that shape; cuts; forward passes."""
     seconds: dict[str, list[float]] = defaultdict(list)
     modules = {"dense": Module(), "small": Module(LAYERS - DROP)}
     for _ in range(rounds):

@@ -14,6 +14,9 @@ from lightprune.surgery import cut_model
 class StructuredCut(Part):
     """Cuts the model physically inside the running fit; the optimizers, schedulers and `global_step` go on.
 
+    A `ModelCheckpoint` that saves on validation does so in the validation just before the cut; its checkpoint holds the
+    uncut model, and a run that resumes from it cuts first.
+
     Args:
         at: the optimizer step after which the model is cut. No earlier than the last selector's window and the last
             regularizer's ends; no later than the run. At the very end of the run there is no recovery (TRSP).

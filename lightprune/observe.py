@@ -49,13 +49,9 @@ def on_output(layer: nn.Module, use: Callable[[Tensor, Tensor], None]) -> Remova
 
 
 def call_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that a call of a causal LM reads, by name: `input_ids`, `attention_mask` and `labels` if given."""
+    """The tensors that a call of a causal LM was given, by name, without gradients; a KV cache is left out."""
     named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
-    return {
-        name: named[name].detach()
-        for name in ("input_ids", "attention_mask", "labels")
-        if isinstance(named.get(name), Tensor)
-    }
+    return {name: value.detach() for name, value in named.items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()

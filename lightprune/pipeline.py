@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -81,7 +82,7 @@ class Part(Callback):
         self.pipeline = Pipeline.join(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pipeline.check_length()
+        self.pipeline.check_run()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -226,7 +227,12 @@ class Pipeline:
         for part in self.parts:
             part.advance(self.step)
 
-    def check_length(self) -> None:
+    def check_run(self) -> None:
+        """Refuse what only shows once data and optimizers are there, and still before the first step."""
+        self._check_length()
+        self._check_clipping()
+
+    def _check_length(self) -> None:
         """Refuse epochs that would end before the cut: unlike `max_steps`, their length is known only with the data."""
         trainer, cut = self.trainer, self.cut
         if cut is None or cut.done or trainer.max_epochs in (None, -1):
@@ -239,6 +245,17 @@ class Pipeline:
             raise ConfigError(
                 f"The run ends after {steps} optimizer steps ({trainer.max_epochs} epochs), before the cut at "
                 f"{cut.at}: raise trainer.max_epochs, or lower StructuredCut.at to at most {steps}."
+            )
+
+    def _check_clipping(self) -> None:
+        """Refuse at once what Lightning refuses at the first step that moves weights, perhaps long after selection."""
+        trainer = self.trainer
+        fused = [o for o in trainer.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
+        if trainer.gradient_clip_val and fused and isinstance(trainer.precision_plugin, MixedPrecision):
+            raise ConfigError(
+                f"trainer.gradient_clip_val is {trainer.gradient_clip_val} and {type(fused[0]).__name__} is fused, "
+                f"which Lightning does not combine under trainer.precision={trainer.precision}: set the optimizer's "
+                "`fused` to false, or trainer.gradient_clip_val to null."
             )
 
     def attach(self) -> None:

@@ -63,7 +63,8 @@ class Recovery(Part):
                 group["lr"] = rate * ratio
 
     def status(self) -> Status:
-        return {} if self._ratios is None else {"lr": self.pipeline.trainer.optimizers[0].param_groups[0]["lr"]}
+        rates = [group["lr"] for optimizer in self.pipeline.trainer.optimizers for group in optimizer.param_groups]
+        return {} if self._ratios is None else {"lr": max(rates)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"ratios": self._ratios}

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -315,3 +317,11 @@ def test_what_goes_wrong_in_training_leaves_nothing_behind() -> None:
 def test_two_selectors_of_one_class_are_refused_by_lightning() -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `RandomSelector`"):
         trainer_for([RandomSelector(drop=1), RandomSelector(drop=2)], 2)
+
+
+def test_fused_optimizer_with_clipping() -> None:
+    """Lightning refuses it only at the first step that moves weights, which may come long after the selection."""
+    module = NoStep(optimizer=partial(torch.optim.AdamW, fused=True))
+    trainer = trainer_for([RandomSelector(drop=1)], max_steps=1, precision="bf16-mixed", gradient_clip_val=1.0)
+    with pytest.raises(ConfigError, match=r"gradient_clip_val is 1\.0 and AdamW is fused"):
+        trainer.fit(module, batches(1))

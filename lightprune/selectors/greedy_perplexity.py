@@ -48,11 +48,12 @@ class GreedyPerplexitySelector(Selector):
         dropped: list[int] = []
         history = []
         with torch.no_grad(), self.pipeline.trainer.precision_plugin.forward_context():
-            for _ in tqdm(range(self.drop), desc="Searching layers", leave=False):
+            for number in tqdm(range(self.drop), desc="Searching layers", leave=False):
                 losses = self._round(lm, layers, dropped)
                 best = min(losses, key=lambda index: (losses[index], index))
                 dropped.append(best)
                 history.append({"dropped": best, "loss": {str(i): loss for i, loss in losses.items()}})
+                self.pipeline.log({f"select/round_{number}/layer_{i:02d}": loss for i, loss in losses.items()})
                 rank_zero_info(f"SLEB: layer {best} goes, loss {losses[best]:.3f}")
         lm.train(training)
         self._batches = []
@@ -129,7 +130,7 @@ def entering_states(
 def summed_loss(lm: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, int]:
     """The LM's cross entropy over a batch, summed, in nats, and how many tokens it is over."""
     logits = lm(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
-    targets = inputs.get("labels", inputs["input_ids"])[:, 1:]
+    targets = inputs["labels" if "labels" in inputs else "input_ids"][:, 1:]
     if "labels" not in inputs and "attention_mask" in inputs:
         targets = targets.masked_fill(inputs["attention_mask"][:, 1:] == 0, -100)
     loss = sum(
