@@ -13,7 +13,6 @@ same for automatic and manual optimization. `optimizer_step` is where weights ar
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
-from weakref import WeakKeyDictionary
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -79,7 +78,7 @@ class Part(Callback):
         """Take every hook off the model."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.pipeline = Pipeline.join(trainer, pl_module, stage)
+        Pipeline.open(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.pipeline.check_run()
@@ -116,9 +115,6 @@ class Part(Callback):
             pipeline.close()
 
 
-_PIPELINES: "WeakKeyDictionary[L.Trainer, Pipeline]" = WeakKeyDictionary()
-
-
 class Pipeline:
     """The parts of one trainer, in the order of their stages, and the model that they work on."""
 
@@ -126,8 +122,7 @@ class Pipeline:
         self.trainer = trainer
         self.module = module
         self.fitting = stage == "fit"
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self.parts = sorted((c for c in callbacks if isinstance(c, Part)), key=lambda part: part.stage)
+        self.parts = sorted(_parts_of(trainer), key=lambda part: part.stage)
         self.anatomy: Anatomy
         self._held: list[nn.Parameter] = []
         self._unwrap: list[Callable[[], None]] = []
@@ -135,16 +130,19 @@ class Pipeline:
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Pipeline | None":
         """The trainer's pipeline; None if it has no pruning callbacks or has not set them up yet."""
-        return _PIPELINES.get(trainer)
+        found = (getattr(part, "pipeline", None) for part in _parts_of(trainer))
+        return next((pipeline for pipeline in found if pipeline is not None and pipeline.trainer is trainer), None)
 
     @classmethod
-    def join(cls, trainer: L.Trainer, module: L.LightningModule, stage: str) -> "Pipeline":
-        """The trainer's open pipeline; the first part to ask opens it."""
-        pipeline = _PIPELINES.get(trainer)
-        if pipeline is None or not pipeline._unwrap:
-            pipeline = _PIPELINES[trainer] = cls(trainer, module, stage)
-            pipeline._open()
-        return pipeline
+    def open(cls, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Bind the trainer's parts to its module, unless another part has done so already."""
+        pipeline = cls.of(trainer)
+        if pipeline is not None and pipeline._unwrap:
+            return
+        pipeline = cls(trainer, module, stage)
+        for part in pipeline.parts:
+            part.pipeline = pipeline
+        pipeline._wrap_all()
 
     # What the parts and the reports ask.
 
@@ -285,7 +283,7 @@ class Pipeline:
         for part in self.parts:
             part.check()
 
-    def _open(self) -> None:
+    def _wrap_all(self) -> None:
         strategies.check(self.trainer.strategy)
         self._wrap(self.module, "configure_model", self._configure_model)
         self._wrap(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
@@ -352,6 +350,11 @@ class Pipeline:
             part.learn()
         optimizer._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn that no step came before theirs
         return result
+
+
+def _parts_of(trainer: L.Trainer) -> list[Part]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, Part)]
 
 
 def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
