@@ -4,7 +4,8 @@
     python benchmarks/depth.py table                                                       # what is there so far
 
 `--text` is split by lines: the first 80% train, and the end of that part chooses learning rates; the last 20% is held
-out. `--other` is a text or JSONL file that nothing is trained on. Each run appends one JSON line to the results, and a
+out (of each, as of `--other`, 48 blocks of 256 tokens are evaluated). `--other` is a text or JSONL file that nothing is
+trained on. Each run appends one JSON line to the results, and a
 run that is there already is skipped, so a stopped benchmark goes on where it was. A row trains with the learning rate
 that was best for that row on a quarter of the tokens; the search widens its grid until the best rate is inside it.
 
@@ -13,6 +14,7 @@ made once for each seed, and the runs of a row take it from a file and train on 
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -48,7 +50,13 @@ SELECTORS: dict[str, Callable[[int], lp.selectors.Selector]] = {
     "ShortGPT": lambda seed: lp.BlockInfluenceSelector(drop=DROP, stop=8),
     "SLEB": lambda seed: lp.GreedyPerplexitySelector(drop=DROP, stop=3),
     "random": lambda seed: lp.RandomSelector(drop=DROP, seed=seed),
-    "gates": lambda seed: lp.LayerGateSelector(drop=DROP, steps_per_round=5, protect_last=1),
+    "gates, l1 = 5e-3": lambda seed: lp.LayerGateSelector(
+        drop=DROP, steps_per_round=5, lr=0.04, l1=5e-3, protect_last=3
+    ),
+    "gates on outputs": lambda seed: lp.LayerGateSelector(
+        drop=DROP, steps_per_round=5, lr=0.04, l1=0.05, placement="output", protect_last=3
+    ),
+    "gates": lambda seed: lp.LayerGateSelector(drop=DROP, steps_per_round=5, lr=0.04, l1=0.05, protect_last=3),
 }
 
 
@@ -84,14 +92,18 @@ ROWS = (
     Row("SLEB, untrained", "SLEB", trained=False),
     Row("random, untrained", "random", trained=False),
     Row("gates, untrained (TRSP without stage 2)", "gates", trained=False),
+    Row("gates with the paper's l1 = 5e-3, untrained", "gates, l1 = 5e-3", trained=False),
+    Row("gates on whole outputs, untrained", "gates on outputs", trained=False),
     Row("SLEB, then finetuned", "SLEB"),
-    Row("TRSP, annealing", "gates", annealing, cut=1.0),
-    Row("ELDeR, annealing (a quarter), then recovery", "gates", annealing, cut=0.25),
+    Row("annealing (a quarter), then recovery; SLEB's layers", "SLEB", annealing, cut=0.25),
+    Row("annealing, all before the cut; SLEB's layers", "SLEB", annealing, cut=1.0),
+    Row("penalty, all before the cut; SLEB's layers", "SLEB", penalty, cut=1.0),
+    Row("ShortGPT, then finetuned", "ShortGPT"),
     Row("gates, then finetuned", "gates"),
     Row("TRSP, penalty", "gates", penalty, cut=1.0),
+    Row("TRSP, annealing", "gates", annealing, cut=1.0),
     Row("ELDeR, penalty (half), then recovery", "gates", penalty, cut=0.5),
-    Row("ShortGPT, then finetuned", "ShortGPT"),
-    Row("annealing (a quarter), then recovery, SLEB's layers", "SLEB", annealing, cut=0.25),
+    Row("ELDeR, annealing (a quarter), then recovery", "gates", annealing, cut=0.25),
     Row("dense, finetuned"),
     Row("random, then finetuned", "random"),
 )
@@ -115,30 +127,31 @@ class Results:
         print(json.dumps({name: value for name, value in run.items() if name != "plan"}), flush=True)
         return run
 
-    def once(self, make: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
-        return self.find(**key) or self.add(**key, **make())
-
 
 class Bench:
     """The runs that the table needs, each made once."""
 
     def __init__(self, results: Results, text: Path, other: Path) -> None:
         self.results = results
-        self.text = text
         self.other = other
+        # Runs on other texts are other runs.
+        self.texts = hashlib.sha256(text.read_bytes() + other.read_bytes()).hexdigest()[:12]
+        self.scratch = RESULTS / "scratch" / self.texts
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        lines = text.read_text().splitlines(keepends=True)
+        cut = len(lines) * 4 // 5
+        for name, part in (("text", lines[:cut]), ("held", lines[cut:])):
+            if not (self.scratch / f"{name}.txt").exists():
+                (self.scratch / f"{name}.txt").write_text("".join(part))
+
+    def once(self, make: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
+        """The run with this key, made now if it is not there."""
+        key = {"texts": self.texts, **key}
+        return self.results.find(**key) or self.results.add(**key, **make())
 
     def data(self, seed: int) -> TextDataModule:
         """The training part, whose end chooses rates; the held-out part and the other domain, never trained on."""
-        lines = self.text.read_text().splitlines(keepends=True)
-        cut = len(lines) * 4 // 5
-        parts = {"text": lines[:cut], "held": lines[cut:]}
-        scratch = RESULTS / "scratch"
-        scratch.mkdir(parents=True, exist_ok=True)
-        for name, part in parts.items():
-            path = scratch / f"{name}.txt"
-            if not path.exists():
-                path.write_text("".join(part))
-        sources = {name: Source(files=str(scratch / f"{name}.txt")) for name in parts}
+        sources = {name: Source(files=str(self.scratch / f"{name}.txt")) for name in ("text", "held")}
         return TextDataModule(
             {**sources, "other": Source(files=str(self.other))},
             block_size=BLOCK,
@@ -173,7 +186,7 @@ class Bench:
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
-            default_root_dir=RESULTS / "scratch",
+            default_root_dir=self.scratch,
         )
         data = self.data(seed)
         start = time.perf_counter()
@@ -199,7 +212,7 @@ class Bench:
                 "seconds": seconds,
             }
 
-        return self.results.once(make, kind="selection", selector=selector, seed=seed)
+        return self.once(make, kind="selection", selector=selector, seed=seed)
 
     def train(self, row: Row, seed: int, lr: float, share: float = 1.0) -> dict[str, float]:
         """Train a row on a share of its budget; returns what its own JSON line holds."""
@@ -209,7 +222,7 @@ class Bench:
         callbacks: list[Callback] = []
         cut = lp.StructuredCut(at=round(steps * row.cut), validate=not tuning and row.cut > 0)
         if selection is not None:
-            path = RESULTS / "scratch" / f"{row.selector}-{seed}.json"
+            path = self.scratch / f"{row.selector}-{seed}.json"
             path.write_text(json.dumps(selection["plan"]))
             callbacks = [lp.PlanFromFile(str(path)), *row.regularizers(), cut]
         ppl, seconds = self.fit(steps, seed, callbacks, lr, tuning)
@@ -220,9 +233,7 @@ class Bench:
         """The rate with the lowest tuning perplexity on a quarter of the tokens; the grid widens until it is inside."""
 
         def tuning_perplexity(rate: float) -> float:
-            run = self.results.once(
-                lambda: self.train(row, seed=0, lr=rate, share=0.25), kind="tuning", row=row.name, lr=rate
-            )
+            run = self.once(lambda: self.train(row, seed=0, lr=rate, share=0.25), kind="tuning", row=row.name, lr=rate)
             return float(run["ppl"]["text"])
 
         rates = list(RATES)
@@ -234,17 +245,17 @@ class Bench:
 
     def run(self, row: Row, seed: int) -> None:
         """Make one row's numbers for one seed."""
-        key = {"kind": "result", "row": row.name, "seed": seed}
-        if self.results.find(**key):
-            return
-        if row.trained:
-            rate = self.best_rate(row)
-            self.results.once(lambda: {"lr": rate, **self.train(row, seed, rate)}, **key)
-        elif row.selector is not None:
-            selection = self.plan(row.selector, seed)
-            self.results.add(**key, ppl=selection["ppl"], dropped=selection["dropped"])
-        else:
-            self.results.once(lambda: {"ppl": self.fit(0, seed, [])[0]}, **key)
+
+        def make() -> dict[str, Any]:
+            if row.trained:
+                rate = self.best_rate(row)
+                return {"lr": rate, **self.train(row, seed, rate)}
+            if row.selector is not None:
+                selection = self.plan(row.selector, seed)
+                return {"ppl": selection["ppl"], "dropped": selection["dropped"]}
+            return {"ppl": self.fit(0, seed, [])[0]}
+
+        self.once(make, kind="result", row=row.name, seed=seed)
 
 
 def warmup_and_decay(step: int, steps: int) -> float:

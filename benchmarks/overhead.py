@@ -104,15 +104,10 @@ def penalty() -> list[Callback]:
     return [FixedPlan(), lp.DifferencePenalty(strength=1e-3, stop=1000)]
 
 
-def annealing() -> list[Callback]:
-    return [FixedPlan(), lp.GateAnnealing(stop=1000)]
-
-
 VARIANTS: dict[str, Callable[[], list[Callback]]] = {
     "plain": list,
     "gates": gates,
     "penalty": penalty,
-    "annealing": annealing,
 }
 
 
@@ -198,7 +193,6 @@ def main() -> None:
     rows = [
         ("step with gates / plain", median["gates"] / median["plain"], "<= 1.03"),
         ("step with difference penalty / plain", median["penalty"] / median["plain"], "<= 1.05"),
-        ("step with annealing / plain", median["annealing"] / median["plain"], ""),
         ("peak memory with gates / plain", memory["gates"] / memory["plain"], "<= 1.02"),
         ("peak memory with difference penalty / plain", memory["penalty"] / memory["plain"], "<= 1.02"),
         ("the cut / a training step", median["cut"] / median["plain"], "<= 1"),

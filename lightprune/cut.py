@@ -1,21 +1,28 @@
 """`StructuredCut`: the callback that executes the plan at its step."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
 from lightprune import strategies
 from lightprune.errors import ConfigError
-from lightprune.pipeline import Part, Stage, run_validation
+from lightprune.pipeline import Part, Stage, callbacks_of, run_validation
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
+
+_WEIGHT_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
 
 class StructuredCut(Part):
     """Cuts the model physically inside the running fit; the optimizers, schedulers and `global_step` go on.
 
-    A `ModelCheckpoint` that saves on validation does so in the validation just before the cut; its checkpoint holds the
-    uncut model, and a run that resumes from it cuts first.
+    Callbacks that follow validation take these two for any others: an `EarlyStopping` counts them, and a
+    `ModelCheckpoint` that monitors a metric compares uncut and cut models by it. No checkpoint is saved in the one
+    before the cut, so that the step's checkpoint holds the cut model.
 
     Args:
         at: the optimizer step after which the model is cut. No earlier than the last selector's window and the last
@@ -47,6 +54,12 @@ class StructuredCut(Part):
 
     def check(self) -> None:
         pipeline, max_steps = self.pipeline, self.pipeline.trainer.max_steps
+        averaging = [c for c in callbacks_of(pipeline.trainer) if isinstance(c, _WEIGHT_AVERAGING)]
+        if averaging:
+            raise ConfigError(
+                f"{type(averaging[0]).__name__} keeps a copy of the uncut model and would average different layers "
+                "after the cut: leave it out of trainer.callbacks, or average in a run of its own."
+            )
         if sum(part.stage is Stage.CUT for part in pipeline.parts) > 1:
             raise ConfigError("There is more than one StructuredCut: leave one of them in trainer.callbacks.")
         if not pipeline.selectors:
@@ -72,7 +85,7 @@ class StructuredCut(Part):
         for part in self.pipeline.parts:
             part.detach()
         start = time.perf_counter()
-        strategies.cut_single_device(self.pipeline.trainer, self.pipeline.anatomy, plan)
+        strategies.cut(self.pipeline.trainer, self.pipeline.anatomy, plan)
         self.seconds = time.perf_counter() - start
         self.plan, self.step = plan, step
         self._measure("after")
@@ -80,7 +93,8 @@ class StructuredCut(Part):
     def _measure(self, moment: str) -> None:
         self.parameters[moment] = self.pipeline.anatomy.num_parameters
         if self.validate:
-            self.metrics[moment] = run_validation(self.pipeline.trainer)
+            with no_checkpoints(self.pipeline.trainer) if moment == "before" else nullcontext():
+                self.metrics[moment] = run_validation(self.pipeline.trainer)
             self.pipeline.log({f"cut/{moment}/{name}": value for name, value in self.metrics[moment].items()})
 
     def restructure(self, state: Mapping[str, Any]) -> None:
@@ -88,7 +102,7 @@ class StructuredCut(Part):
         anatomy = self.pipeline.anatomy
         if plan is not None and anatomy.num_layers == plan.num_layers:
             cut_model(anatomy, plan)
-        elif plan is None and self.done:
+        elif plan is None and self.plan is not None and anatomy.num_layers < self.plan.num_layers:
             raise ConfigError(
                 "The checkpoint was saved before the cut and this model is already cut: build it anew to load that."
             )
@@ -108,3 +122,17 @@ class StructuredCut(Part):
         self.metrics = state_dict["metrics"]
         self.parameters = state_dict["parameters"]
         self.seconds = state_dict["seconds"]
+
+
+@contextmanager
+def no_checkpoints(trainer: L.Trainer) -> Iterator[None]:
+    """Let no `ModelCheckpoint` save inside the context: to each, this step's checkpoint is there already."""
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    last_saved = [saver._last_global_step_saved for saver in savers]
+    for saver in savers:
+        saver._last_global_step_saved = trainer.global_step
+    try:
+        yield
+    finally:
+        for saver, step in zip(savers, last_saved, strict=True):
+            saver._last_global_step_saved = step

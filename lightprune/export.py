@@ -8,16 +8,16 @@ from typing import Any, TypedDict, cast
 
 import lightning as L
 import torch
-import transformers
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.errors import ConfigError
+from lightprune.finish import FinishingCallback
 from lightprune.hub import Dtype, loading_problems, torch_dtype, without_progress_bars
 from lightprune.pipeline import Pipeline, find_causal_lm
 from lightprune.plan import PruningPlan
+from lightprune.report import versions
 
 # The largest difference of a logit, relative to the largest logit. Weights are compared exactly, whatever their dtype.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -37,8 +37,8 @@ class Card(TypedDict, total=False):
     metrics: Mapping[str, Mapping[str, float]]
 
 
-class ExportHF(Callback):
-    """Writes the model as a Hugging Face directory at the end of training.
+class ExportHF(FinishingCallback):
+    """Writes the model as a Hugging Face directory at the end of training, or of a resume that finds nothing to train.
 
     Works with any `LightningModule` that holds a Hugging Face causal LM. If a cut was planned and has not happened by
     the end of training, nothing is written.
@@ -53,14 +53,22 @@ class ExportHF(Callback):
         self.path = path
         self.overwrite = overwrite
         self.dtype = dtype
+        self._last_validation: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             check_target(self.path, overwrite=self.overwrite)
             if self.dtype is not None:
                 torch_dtype(self.dtype)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what this validation logged: `trainer.callback_metrics` mixes it with what training logs."""
+        if not trainer.sanity_checking:
+            logged = trainer._logger_connector.metrics["log"]
+            self._last_validation = {name: float(value) for name, value in logged.items()}
+
+    def finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pipeline = Pipeline.of(trainer)
         if pipeline is not None and pipeline.cut is not None and not pipeline.cut.done:
             rank_zero_warn(f"Nothing is exported to {self.path!r}: training ended before the cut.")
@@ -71,7 +79,7 @@ class ExportHF(Callback):
                 self.path,
                 tokenizer=tokenizer_of(trainer, pl_module),
                 plan=pipeline.plan if pipeline is not None else None,
-                card=card_of(trainer),
+                card=card_of(trainer, last_validation=self._last_validation),
                 overwrite=self.overwrite,
                 dtype=self.dtype,
             )
@@ -79,14 +87,15 @@ class ExportHF(Callback):
         trainer.strategy.barrier("lightprune.ExportHF")
 
 
-def card_of(trainer: L.Trainer) -> Card:
-    """What a trainer knows about its run, for the model card."""
+def card_of(trainer: L.Trainer, *, last_validation: Mapping[str, float] | None = None) -> Card:
+    """What a trainer knows about its run, for the model card.
+
+    Args:
+        last_validation: what the last validation logged, by name.
+    """
     pipeline = Pipeline.of(trainer)
     cut = pipeline.cut if pipeline is not None else None
-    moments: dict[str, Mapping[str, Any]] = {}
-    if cut is not None:
-        moments = {f"{moment} the cut": metrics for moment, metrics in cut.metrics.items()}
-    moments["at the end"] = trainer.callback_metrics
+    metrics = {} if cut is None else {f"{moment} the cut": values for moment, values in cut.metrics.items()}
     data: dict[str, Any] = {"optimizer steps": trainer.global_step}
     domains = getattr(getattr(trainer, "datamodule", None), "domain_names", ())
     if domains:
@@ -94,9 +103,7 @@ def card_of(trainer: L.Trainer) -> Card:
     return Card(
         parameters=cut.parameters if cut is not None else {},
         data=data,
-        metrics={
-            moment: {name: float(value) for name, value in metrics.items()} for moment, metrics in moments.items()
-        },
+        metrics=metrics | {"last validation": last_validation or {}},
     )
 
 
@@ -301,7 +308,7 @@ def model_card(lm: PreTrainedModel, plan: PruningPlan | None, card: Card) -> str
         *(["## Training", _table(("", ""), card["data"].items())] if card.get("data") else []),
         *_metrics_section(card.get("metrics", {})),
         "## Versions",
-        _table(("library", "version"), _versions().items()),
+        _table(("", "version"), versions().items()),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -347,9 +354,3 @@ def _table(header: tuple[str, ...], rows: Any) -> str:
     """A Markdown table."""
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
-
-
-def _versions() -> dict[str, str]:
-    import lightprune  # here, for the package imports this module
-
-    return {library.__name__: library.__version__ for library in (lightprune, torch, transformers, L)}

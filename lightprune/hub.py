@@ -27,7 +27,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
 }
 
-_PACKAGE_SCHEME = "pkg://"
+PACKAGE_SCHEME = "pkg://"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _KINDS = "a Hub id, a local directory, a .gguf file, or pkg://<package>/<file>"
 
@@ -46,8 +46,11 @@ def resolve_uri(uri: str | Path) -> Path | str:
         ConfigError: the path, the package or the file in it does not exist, or `uri` is none of the above.
     """
     text = str(uri)
-    if text.startswith(_PACKAGE_SCHEME):
-        return _resolve_in_package(text)
+    if text.startswith(PACKAGE_SCHEME):
+        path = package_path(text, wanted_by=repr(text))
+        if not path.exists():
+            raise ConfigError(f"There is no file or directory {str(path)!r}: correct {text!r}, or name {_KINDS}.")
+        return path
     path = Path(text).expanduser()
     if path.exists():
         return path
@@ -56,8 +59,17 @@ def resolve_uri(uri: str | Path) -> Path | str:
     return text
 
 
-def _resolve_in_package(uri: str) -> Path:
-    package, _, inside = uri.removeprefix(_PACKAGE_SCHEME).partition("/")
+def package_path(uri: str, *, wanted_by: str) -> Path:
+    """What `pkg://<package>/<path inside it>` stands for; the Python package is located, not imported.
+
+    Args:
+        uri: the path inside may be a glob, and need not exist.
+        wanted_by: words for the error message that name who needs it.
+
+    Raises:
+        ConfigError: `uri` is incomplete, or there is no such package.
+    """
+    package, _, inside = uri.removeprefix(PACKAGE_SCHEME).partition("/")
     if not package or not inside:
         raise ConfigError(f"{uri!r} is incomplete: write pkg://<package>/<file inside it>.")
     # Not importlib.resources: it imports the package, whose own dependencies may be absent.
@@ -66,11 +78,9 @@ def _resolve_in_package(uri: str) -> Path:
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"The Python package {package!r} of {uri!r} is not installed: install it, or name {_KINDS}.")
-    for folder in spec.submodule_search_locations:
-        if (path := Path(folder, inside)).exists():
-            return path
-    raise ConfigError(f"The Python package {package!r} has no file {inside!r}: correct {uri!r}, or name {_KINDS}.")
+        raise ConfigError(f"{wanted_by} needs the Python package {package!r}, which is not installed here: install it.")
+    paths = [Path(folder, inside) for folder in spec.submodule_search_locations]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def torch_dtype(name: str) -> torch.dtype:

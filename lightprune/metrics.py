@@ -1,18 +1,25 @@
 """Exact token-weighted loss and perplexity, per domain of the data and over all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
+
+IGNORE_INDEX = -100
+"""The label that no loss counts."""
+
+WITHOUT_FLOAT64 = ("mps",)
+"""Types of devices that have no float64."""
 
 
 class DomainLoss(Metric):
     """Mean loss per token and its perplexity, for each domain and in total.
 
     loss_d = (sum of the token losses of d's samples) / (number of those tokens); ppl_d = exp(loss_d).
-    The sums are float64 and are added up over ranks: how samples fall into batches and ranks does not matter.
+    The sums are float64 and are added up over ranks: how samples fall into batches and ranks does not matter. On a device
+    that has no float64 (MPS) they are float32.
 
     Args:
         domain_names: names of the domains, in the order of their indices; may be empty.
@@ -36,16 +43,15 @@ class DomainLoss(Metric):
         Args:
             loss_sums: [B] sum of the token losses of each sample, in nats.
             token_counts: [B] how many tokens each sum is over.
-            domain: [B] index of each sample's domain; None counts towards the total only.
+            domain: [B] index of each sample's domain; None counts toward the total only.
         """
         if domain is None or not self.domain_names:
             domain = torch.full_like(token_counts, len(self.domain_names), dtype=torch.int64)
-        # `.double()` on the states too: `module.to(bfloat16)` converts them before the first batch.
-        self.loss_sums = self.loss_sums.double().index_add(0, domain, loss_sums.detach().double())
-        self.token_counts = self.token_counts.double().index_add(0, domain, token_counts.double())
+        self.loss_sums = self.loss_sums.index_add(0, domain, loss_sums.detach().to(self.loss_sums))
+        self.token_counts = self.token_counts.index_add(0, domain, token_counts.to(self.token_counts))
 
     def compute(self) -> dict[str, Tensor]:
-        """Means and perplexities as float64 scalars.
+        """Means and perplexities as scalars of the sums' dtype.
 
         Returns:
             "loss" and "ppl" over everything; "loss/<domain>" and "ppl/<domain>" where a domain had tokens.
@@ -56,3 +62,14 @@ class DomainLoss(Metric):
                 means[f"/{name}"] = loss_sum / count
         losses = {f"loss{suffix}": mean for suffix, mean in means.items()}
         return losses | {f"ppl{suffix}": mean.exp() for suffix, mean in means.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Follow the module to its device, but not to its dtype: `module.to(bfloat16)` would round the sums."""
+        device = fn(torch.zeros((), device=self.device)).device
+        return super()._apply(lambda sums: _at_full_precision(sums, device), exclude_state)
+
+
+def _at_full_precision(sums: Tensor, device: torch.device) -> Tensor:
+    if device.type in WITHOUT_FLOAT64:
+        return sums.float().to(device)
+    return sums.to(device).double()

@@ -13,9 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.hub import Dtype, load_causal_lm, load_tokenizer
-from lightprune.metrics import DomainLoss
-
-IGNORE_INDEX = -100
+from lightprune.metrics import IGNORE_INDEX, DomainLoss
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

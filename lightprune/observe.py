@@ -3,11 +3,11 @@
 Shapes: B sequences, T tokens, d hidden dimensions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -23,8 +23,7 @@ class TokenMask:
         """Follow the model's calls until the handle is removed."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-            self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            self.mask = attention_mask_of(args, kwargs)
 
         return lm.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -34,6 +33,12 @@ class TokenMask:
             return values.mean()
         weights = self.mask.to(values.dtype)
         return (values * weights).sum() / weights.sum().clamp(min=1)
+
+
+def attention_mask_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The attention mask [B, T] that a call of a causal LM was given, by position or by name; None if it is no such."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def on_output(layer: nn.Module, use: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
@@ -54,7 +59,13 @@ def call_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tens
     return {name: value.detach() for name, value in named.items() if isinstance(value, Tensor)}
 
 
-@torch.no_grad()
-def copy_to(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The same inputs on another device."""
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the context; afterwards every submodule is in the mode that it was in."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training

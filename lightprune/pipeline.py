@@ -15,8 +15,10 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -126,6 +128,7 @@ class Pipeline:
         self.anatomy: Anatomy
         self._held: list[nn.Parameter] = []
         self._unwrap: list[Callable[[], None]] = []
+        self._forwarded = False  # whether the LM has run since the last backward: only its losses get a penalty
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Pipeline | None":
@@ -158,8 +161,11 @@ class Pipeline:
 
     @property
     def training(self) -> bool:
-        """Whether a forward pass now is one of training: a module's own `training` flag may say otherwise."""
-        return self.trainer.training
+        """Whether a forward pass now is one that trains: not validation's, nor one that samples or scores on the side.
+
+        A module's own `training` flag says nothing of that: `from_pretrained` leaves it off, and Lightning as it is.
+        """
+        return self.trainer.training and torch.is_grad_enabled()
 
     @property
     def selectors(self) -> "list[Selector]":
@@ -227,13 +233,24 @@ class Pipeline:
 
     def check_run(self) -> None:
         """Refuse what only shows once data and optimizers are there, and still before the first step."""
+        self._check_freshness()
         self._check_length()
         self._check_clipping()
+
+    def _check_freshness(self) -> None:
+        """Refuse callbacks that have cut another model already: they would train this one and never cut it."""
+        cut = self.cut
+        if cut is not None and cut.plan is not None and self.anatomy.num_layers == cut.plan.num_layers:
+            raise ConfigError(
+                f"StructuredCut has cut a model already, and this one still has its {self.anatomy.num_layers} layers: "
+                "make new callbacks in trainer.callbacks for a new run, or resume from a checkpoint."
+            )
 
     def _check_length(self) -> None:
         """Refuse epochs that would end before the cut: unlike `max_steps`, their length is known only with the data."""
         trainer, cut = self.trainer, self.cut
-        if cut is None or cut.done or trainer.max_epochs in (None, -1):
+        counted = self.module.automatic_optimization  # else a batch has as many steps as the module likes
+        if cut is None or cut.done or trainer.max_epochs in (None, -1) or not counted:
             return
         batches = trainer.num_training_batches
         steps = (
@@ -260,6 +277,7 @@ class Pipeline:
         """Find the model and check every part against it; called once the module has built its layers."""
         _, lm = find_causal_lm(self.module)
         self.anatomy = anatomy_of(lm)
+        self._unwrap.append(lm.register_forward_pre_hook(self._note_forward).remove)
         if self.fitting and not (self.cut is not None and self.cut.done):
             self._check()
 
@@ -284,7 +302,8 @@ class Pipeline:
             part.check()
 
     def _wrap_all(self) -> None:
-        strategies.check(self.trainer.strategy)
+        if self.fitting:
+            strategies.check(self.trainer.strategy)
         self._wrap(self.module, "configure_model", self._configure_model)
         self._wrap(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
         self._wrap(self.trainer.strategy, "backward", self._backward)
@@ -327,13 +346,18 @@ class Pipeline:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        for part in self.parts:
-            penalty = part.penalty()
-            if penalty is not None:
-                loss = loss + penalty.to(loss.device) / self.trainer.accumulate_grad_batches
+        if self._forwarded:
+            self._forwarded = False
+            for part in self.parts:
+                penalty = part.penalty()
+                if penalty is not None:
+                    loss = loss + penalty.to(loss.device) / self.trainer.accumulate_grad_batches
         if self.weights_held and not loss.requires_grad:
             return loss
         return original(loss, optimizer, *args, **kwargs)
+
+    def _note_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._forwarded = self._forwarded or self.training
 
     def _optimizer_step(
         self,
@@ -352,9 +376,14 @@ class Pipeline:
         return result
 
 
-def _parts_of(trainer: L.Trainer) -> list[Part]:
+def callbacks_of(trainer: L.Trainer) -> list[Callback]:
+    """All callbacks of a trainer, in its order."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, Part)]
+    return callbacks
+
+
+def _parts_of(trainer: L.Trainer) -> list[Part]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, Part)]
 
 
 def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
@@ -384,11 +413,15 @@ def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
 
 
 def run_validation(trainer: L.Trainer) -> dict[str, float]:
-    """Run the validation loop from inside `fit`, as the training loop itself does, and return what it logged."""
+    """Run the validation loop from inside `fit`, as the training loop itself does, and return what it logged.
+
+    It leaves no trace in the global random generators: whether it ran does not change the training that follows.
+    """
     connector = trainer._logger_connector
     first_loop_iter = connector._first_loop_iter
     trainer.validating = True
-    outputs = trainer.fit_loop.epoch_loop.val_loop.run()
+    with isolate_rng():
+        outputs = trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
     connector._first_loop_iter = first_loop_iter
     return {name: float(value) for output in outputs for name, value in output.items()}

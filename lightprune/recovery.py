@@ -51,10 +51,9 @@ class Recovery(Part):
             return
         trainer = self.pipeline.trainer
         if self._ratios is None:
-            largest = max(_own_rate(group) for optimizer in trainer.optimizers for group in optimizer.param_groups)
-            self._ratios = [
-                [_own_rate(group) / largest for group in optimizer.param_groups] for optimizer in trainer.optimizers
-            ]
+            own = [[_own_rate(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+            largest = max(rate for rates in own for rate in rates)
+            self._ratios = [[rate / largest if largest else 1.0 for rate in rates] for rates in own]
         rate = self.lr * rate_factor(
             step - cut.step, trainer.max_steps - cut.step, self.warmup_steps, self.decay, self.final_ratio
         )

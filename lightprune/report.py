@@ -13,14 +13,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console, Group
 from rich.table import Table
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightprune.errors import ConfigError
+from lightprune.finish import FinishingCallback
+from lightprune.observe import attention_mask_of
 from lightprune.pipeline import Pipeline, find_causal_lm, run_validation
 
 Metrics = dict[str, float]
@@ -31,13 +31,14 @@ PHASES = ("select", "transfer", "recover", "train", "validation")
 PACKAGES = ("lightprune", "torch", "lightning", "transformers", "datasets")
 
 
-class RunReport(Callback):
+class RunReport(FinishingCallback):
     """Writes `summary.json` to the trainer's `default_root_dir` and prints its tables when training ends.
 
     It holds the layers and parameters before and after, the validation metrics at the start, just before the
     cut, just after it and at the end, the training tokens and the wall time of every phase, the seed and the
-    versions. Whatever a module logs in validation is reported under its own names. In a run without pruning
-    callbacks, without validation data or without a Hugging Face model, what cannot be known is left out.
+    versions, and the pruning plan. Whatever a module logs in validation is reported under its own names. In a run
+    without pruning callbacks, without validation data or without a Hugging Face model, what cannot be known is left
+    out; so are the metrics at the end where a resume finds nothing left to train.
 
     Tokens are those that the language model sees in training batches, padding excluded where an
     `attention_mask` tells; they are summed over ranks. Totals go on after a resume, where each rank continues
@@ -104,8 +105,12 @@ class RunReport(Callback):
         self._lap("validation")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validate once more, then write and print the summary."""
+        """Validate once more, and finish."""
         self._metrics["end"] = _validate(trainer)
+        super().on_train_end(trainer, pl_module)
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write and print the summary."""
         tokens = {phase: _sum_over_ranks(trainer, count) for phase, count in self._tokens.items()}
         summary = self._summary(trainer, pl_module, tokens)
         if trainer.is_global_zero:
@@ -132,8 +137,8 @@ class RunReport(Callback):
         """A tensor total stays on its device: reading it at every step would stall a GPU."""
         if not trainer.training:
             return
-        input_ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        input_ids, mask = kwargs.get("input_ids", args[0] if args else None), attention_mask_of(args, kwargs)
+        if mask is not None:
             self._tokens[self._phase] = self._tokens.get(self._phase, 0) + mask.detach().sum()
         elif isinstance(input_ids, torch.Tensor):
             self._tokens[self._phase] = self._tokens.get(self._phase, 0) + input_ids.numel()
@@ -151,6 +156,7 @@ class RunReport(Callback):
             "before": self._before,
             "after": after,
             "dropped_layers": None if cut is None or plan is None else list(plan.dropped_layers),
+            "plan": None if plan is None else plan.to_dict(),
             "cut_step": None if cut is None else cut.step,
             "steps": trainer.global_step,
             "metrics": {moment: metrics[moment] for moment in MOMENTS if metrics.get(moment)},
@@ -250,11 +256,8 @@ def _size(trainer: pl.Trainer, model: nn.Module) -> dict[str, int]:
 
 
 def _validate(trainer: pl.Trainer) -> Metrics:
-    """Validate, if there is data, without a trace in the training run's random numbers."""
-    if not trainer.enable_validation:
-        return {}
-    with isolate_rng():
-        return run_validation(trainer)
+    """Validate, if there is data."""
+    return run_validation(trainer) if trainer.enable_validation else {}
 
 
 def _sum_over_ranks(trainer: pl.Trainer, count: int | torch.Tensor) -> int:

@@ -14,9 +14,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from lightprune.data.tokens import TokenCache
 from lightprune.errors import ConfigError
-
-IGNORED = -100
-"""The label that the loss leaves out."""
+from lightprune.metrics import IGNORE_INDEX
 
 PADDING = -1
 """The index of a sample that fills up a rank's last batch: all its labels are ignored."""
@@ -142,7 +140,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         return {
             "input_ids": tokens,
             "attention_mask": torch.ones_like(tokens),
-            "labels": torch.full_like(tokens, IGNORED) if index == PADDING else tokens,
+            "labels": torch.full_like(tokens, IGNORE_INDEX) if index == PADDING else tokens,
             "domain": torch.tensor(domain),
         }
 

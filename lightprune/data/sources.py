@@ -10,8 +10,9 @@ from typing import Any, Literal
 import datasets
 import pyarrow.parquet as parquet
 
-from lightprune.data.builtin import BUILTIN, package_directory
+from lightprune.data.builtin import BUILTIN
 from lightprune.errors import ConfigError
+from lightprune.hub import PACKAGE_SCHEME, package_path
 
 _KINDS = ("hub", "saved", "files", "builtin")
 _ONLY_FOR = {"subset": "hub", "revision": "hub", "separator": "files"}
@@ -158,11 +159,8 @@ def _inside(directory: Path, key: str) -> list[Path]:
 
 def _expand(pattern: str, key: str) -> list[Path]:
     """The files that a path, a glob or a `pkg://` resource stands for, sorted."""
-    location = pattern
-    if pattern.startswith("pkg://"):
-        package, _, inside = pattern.removeprefix("pkg://").partition("/")
-        location = str(package_directory(package, wanted_by=f"{key} = {pattern!r}") / inside)
-    path = Path(location).expanduser()
+    in_package = pattern.startswith(PACKAGE_SCHEME)
+    path = package_path(pattern, wanted_by=f"{key} = {pattern!r}") if in_package else Path(pattern).expanduser()
     if path.is_file():  # also a file whose name happens to hold [ or *
         return [path]
     if path.is_dir():

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from lightprune.errors import ConfigError
 from lightprune.gates import Bypass, attach_gate
 from lightprune.pipeline import Status
 from lightprune.regularizers.base import Order, Regularizer
@@ -35,6 +36,13 @@ class GateAnnealing(Regularizer):
         self.shape = shape
         self._alpha = torch.empty(0)
         self._bypassed: set[int] = set()
+
+    def check(self) -> None:
+        super().check()
+        if self.pipeline.cut is None:
+            raise ConfigError(
+                "GateAnnealing fades layers out for a cut, and there is none: add a StructuredCut to trainer.callbacks."
+            )
 
     def watch(self, layers: list[int]) -> None:
         anatomy = self.pipeline.anatomy

@@ -64,7 +64,7 @@ class DifferencePenalty(Regularizer):
         self._strengths: dict[int, float] = {}
         self._seen: dict[int, list[Tensor]] = defaultdict(list)
         self._tokens = TokenMask()
-        self._last = 0.0
+        self._last = torch.zeros(())
 
     def check(self) -> None:
         super().check()
@@ -87,6 +87,7 @@ class DifferencePenalty(Regularizer):
         return use
 
     def apply(self, progress: dict[int, float]) -> None:
+        self._seen.clear()  # of a batch that was skipped
         self._strengths = {
             index: self.strength * (share if self.ramp == "linear" else 1.0) for index, share in progress.items()
         }
@@ -97,7 +98,7 @@ class DifferencePenalty(Regularizer):
         self._seen.clear()
         if not seen:
             return None
-        self._last = float(sum(value.detach() for value in seen.values()))
+        self._last = torch.stack([value.detach() for value in seen.values()]).sum()
         return torch.stack([self._strengths[index] * value for index, value in seen.items()]).sum()
 
     def detach(self) -> None:
@@ -106,4 +107,4 @@ class DifferencePenalty(Regularizer):
         self._seen.clear()
 
     def status(self) -> Status:
-        return {"difference": self._last} if self._attached else {}
+        return {"difference": float(self._last)} if self._attached else {}

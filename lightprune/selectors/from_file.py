@@ -10,7 +10,7 @@ class PlanFromFile(Selector):
     """Takes the plan that a JSON file holds; read and checked against the model before the first step.
 
     Args:
-        path: the JSON file, as `PruningPlan.save`, the export or `summary.json` wrote it.
+        path: the JSON file: an export's `pruning_plan.json`, or what `PruningPlan.save` wrote.
     """
 
     needs_batches = False

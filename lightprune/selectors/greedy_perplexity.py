@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightprune.gates import replaced_forwards
-from lightprune.observe import call_inputs, copy_to
+from lightprune.observe import call_inputs, evaluating
 from lightprune.pipeline import Status
 from lightprune.selectors.base import Selector
 
@@ -35,7 +35,7 @@ class GreedyPerplexitySelector(Selector):
     def watch(self) -> None:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.pipeline.training:
-                self._batches.append(copy_to(call_inputs(args, kwargs), torch.device("cpu")))
+                self._batches.append({name: tensor.cpu().clone() for name, tensor in call_inputs(args, kwargs).items()})
 
         self._handles.append(self.pipeline.lm.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -43,11 +43,9 @@ class GreedyPerplexitySelector(Selector):
         self.detach()
         lm: nn.Module = self.pipeline.lm
         layers = self.pipeline.anatomy.layers
-        training = lm.training
-        lm.eval()
         dropped: list[int] = []
         history = []
-        with torch.no_grad(), self.pipeline.trainer.precision_plugin.forward_context():
+        with torch.no_grad(), evaluating(lm), self.pipeline.trainer.precision_plugin.forward_context():
             for number in tqdm(range(self.drop), desc="Searching layers", leave=False):
                 losses = self._round(lm, layers, dropped)
                 best = min(losses, key=lambda index: (losses[index], index))
@@ -55,7 +53,6 @@ class GreedyPerplexitySelector(Selector):
                 history.append({"dropped": best, "loss": {str(i): loss for i, loss in losses.items()}})
                 self.pipeline.log({f"select/round_{number}/layer_{i:02d}": loss for i, loss in losses.items()})
                 rank_zero_info(f"SLEB: layer {best} goes, loss {losses[best]:.3f}")
-        lm.train(training)
         self._batches = []
         return dropped, {"rounds": history}
 
@@ -65,7 +62,7 @@ class GreedyPerplexitySelector(Selector):
         sums = dict.fromkeys(remaining, 0.0)
         tokens = 0
         for stored in self._batches:
-            inputs = copy_to(stored, self.pipeline.lm.device)
+            inputs = {name: tensor.to(self.pipeline.lm.device) for name, tensor in stored.items()}
             entering = entering_states(lm, layers, inputs, dropped)
             for index in remaining:
                 loss, tokens_here = self._loss_without(lm, layers, inputs, index, dropped, entering[index])

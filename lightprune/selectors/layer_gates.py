@@ -10,6 +10,8 @@ from lightprune.gates import Bypass, Placement, attach_gate
 from lightprune.pipeline import Status
 from lightprune.selectors.base import Selector, lowest
 
+_SAVED = ("gates", "adam", "dropped", "history", "round_steps", "stable_steps", "smallest")
+
 
 class LayerGateSelector(Selector):
     """Learns a scalar gate for every layer under an l1 penalty and drops, round by round, the layers it closes most.
@@ -24,15 +26,16 @@ class LayerGateSelector(Selector):
         steps_per_round: optimizer steps a round.
         start: the optimizer step at which the first round begins.
         lr: Adam's learning rate for the gates.
-        l1: strength of the l1 penalty. Against a loss in nats per token.
-        placement: what a gate scales: "residual", the layer's branch X_in + s * (f(X_in) - X_in), or "output", the
-            whole output s * X_out, as the paper draws it.
+        l1: strength of the l1 penalty, lambda_1, against a loss in nats per token. It has to stand out from the noise
+            of the gates' gradients, or chance ranks them: the fewer tokens a round sees, the stronger (paper: 5e-3).
+        placement: what a gate scales: "residual", the layer's branch X_in + s * (f(X_in) - X_in), so that a closed
+            gate is the layer left out; or "output", the whole output s * X_out, as the paper draws it. There the last
+            layer's gate is free to shrink, since the final norm undoes it, and must be protected.
         restart: put the gates back to 1 at the start of every round.
         patience: end a round early once the layers it would drop have been the same for so many steps; None waits
             for every round's end. The window then closes early too, and what follows starts early.
         protect_first: how many of the first layers may not go.
-        protect_last: how many of the last layers may not go. With "output" the last layer's gate is free to shrink,
-            since the final norm undoes it, so at least one should be protected.
+        protect_last: how many of the last layers may not go; at least 1 with the placement "output".
         hold_weights: freeze the model's weights in the window (TRSP's setting); False trains them along.
     """
 
@@ -42,8 +45,8 @@ class LayerGateSelector(Selector):
         rounds: int | None = None,
         steps_per_round: int = 20,
         start: int = 0,
-        lr: float = 0.05,
-        l1: float = 5e-3,
+        lr: float = 0.02,
+        l1: float = 0.05,
         placement: Placement = "residual",
         restart: bool = True,
         patience: int | None = None,
@@ -85,6 +88,11 @@ class LayerGateSelector(Selector):
             raise ConfigError(
                 f"LayerGateSelector.rounds is {self.rounds}: it must be from 1 to drop={self.drop}, or null."
             )
+        if self.placement == "output" and self.protect_last < 1:
+            raise ConfigError(
+                "LayerGateSelector.protect_last is 0 with placement=output: the final norm undoes the last layer's "
+                "gate, which would close first; set protect_last to at least 1, or placement=residual."
+            )
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"LayerGateSelector.patience is {self.patience}: it must be at least 1, or null.")
         super().check()
@@ -100,7 +108,8 @@ class LayerGateSelector(Selector):
         return [index for index in self.candidates if index not in self._dropped]
 
     def watch(self) -> None:
-        self._start_gates()
+        if self._adam is None:
+            self._start_gates()
         if self._saved is not None:
             self._restore(self._saved)
         for index in self._dropped:
@@ -116,18 +125,22 @@ class LayerGateSelector(Selector):
         """One step of Adam on the gates; under a loss scale the scaler unscales their gradients too."""
         if not self._open or self._adam is None:
             return
-        scaler = getattr(self.pipeline.trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            self._adam.step()
-        else:
-            scaler.step(self._adam)
-            if self.pipeline.weights_held:
-                scaler.update()
-        self._adam.zero_grad()
+        if self._gates.grad is not None:  # a batch may have been skipped, or the step be another optimizer's
+            self._step(self._adam)
         self._round_steps += 1
         smallest = self._smallest_gates()
         self._stable_steps = self._stable_steps + 1 if smallest == self._smallest else 0
         self._smallest = smallest
+
+    def _step(self, adam: torch.optim.Adam) -> None:
+        scaler = getattr(self.pipeline.trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            adam.step()
+        else:
+            scaler.step(adam)
+            if self.pipeline.weights_held:
+                scaler.update()
+        adam.zero_grad()
 
     def advance(self, step: int) -> None:
         if self._open and self._round_is_over():
@@ -194,6 +207,8 @@ class LayerGateSelector(Selector):
         self._handles += [attach_gate(layers[index], self._gates, index, self.placement) for index in self.remaining]
 
     def scores_state(self) -> dict[str, Any]:
+        if self._saved is not None:  # loaded, and not yet attached
+            return self._saved
         if self.plan is not None or self._adam is None:
             return {}
         return {
@@ -207,7 +222,7 @@ class LayerGateSelector(Selector):
         }
 
     def load_scores_state(self, state: dict[str, Any]) -> None:
-        self._saved = state if "gates" in state else None
+        self._saved = {name: state[name] for name in _SAVED} if "gates" in state else None
 
     def _restore(self, state: dict[str, Any]) -> None:
         assert self._adam is not None

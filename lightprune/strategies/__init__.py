@@ -3,7 +3,7 @@
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
 from lightprune.errors import ConfigError
-from lightprune.strategies.single_device import cut as cut_single_device
+from lightprune.strategies.single_device import cut
 
 
 def check(strategy: Strategy) -> None:
@@ -19,4 +19,4 @@ def check(strategy: Strategy) -> None:
         )
 
 
-__all__ = ["check", "cut_single_device"]
+__all__ = ["check", "cut"]

@@ -17,7 +17,7 @@ def cut_model(anatomy: Anatomy, plan: PruningPlan) -> None:
     layers = anatomy.layers
     parent_path, _, name = anatomy.family.layers.rpartition(".")
     kept = nn.ModuleList(layers[i] for i in plan.kept_layers)
-    kept.train(layers.training)
+    kept.training = layers.training  # not `train()`: the layers keep modes of their own
     for new, old in enumerate(plan.kept_layers):
         _renumber(anatomy, kept[new], old, new)
     setattr(anatomy.lm.get_submodule(parent_path), name, kept)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightprune.data import MixtureLoader, Source, TextDataModule
-from lightprune.data.blocks import IGNORED, OrderedSampler
+from lightprune.data.blocks import OrderedSampler
 from tests.data.conftest import byte_tokenizer
 
 
@@ -28,7 +28,7 @@ class Writer(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        counted = batch["labels"][:, 0] != IGNORED
+        counted = batch["labels"][:, 0] != IGNORE_INDEX
         self.seen["val"] += batch["input_ids"][counted].tolist()
 
     def on_train_end(self) -> None:

@@ -1,0 +1,35 @@
+"""`FinishingCallback`: what a callback does when training is over, also where a resume finds that it was over already."""
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+
+class FinishingCallback(Callback):
+    """Calls `finish` exactly once at the end of a fit that succeeds.
+
+    A fit that resumes at its last step trains no more, and Lightning then skips the training loop with all of its hooks,
+    `on_train_end` among them (2.6: `FitLoop.run`). Of the hooks that come with the callbacks' states loaded, it still
+    calls `on_fit_end` (`Trainer._run`). By then the strategy is torn down, so nothing can be validated any more.
+    """
+
+    _finished = False
+
+    def finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What is to be done; the module is on its device."""
+        raise NotImplementedError
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._finished = False
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.finish(trainer, pl_module)
+        self._finished = True
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._finished:
+            return
+        # The strategy has left the module on the CPU, where not every attention implementation runs.
+        pl_module.to(trainer.strategy.root_device)
+        self.finish(trainer, pl_module)
+        self._finished = True
+        pl_module.cpu()
