@@ -77,8 +77,13 @@ class StructuredCut(Part):
             )
 
     def advance(self, step: int) -> None:
-        if self.done or step < self.at:
-            return
+        if not self.done and step >= self.at:
+            self._cut(step)
+        # Once more after a resume from the checkpoint that this very validation saved.
+        if step == self.step and "after" not in self.metrics:
+            self._measure("after")
+
+    def _cut(self, step: int) -> None:
         plan = self.pipeline.plan
         assert plan is not None, "the timeline was checked: selection ends before the cut"
         self._measure("before")
@@ -88,7 +93,6 @@ class StructuredCut(Part):
         strategies.cut(self.pipeline.trainer, self.pipeline.anatomy, plan)
         self.seconds = time.perf_counter() - start
         self.plan, self.step = plan, step
-        self._measure("after")
 
     def _measure(self, moment: str) -> None:
         self.parameters[moment] = self.pipeline.anatomy.num_parameters

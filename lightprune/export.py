@@ -57,6 +57,7 @@ class ExportHF(FinishingCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._last_validation = {}
         if stage == "fit":
             check_target(self.path, overwrite=self.overwrite)
             if self.dtype is not None:

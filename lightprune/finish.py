@@ -1,4 +1,4 @@
-"""`FinishingCallback`: what a callback does when training is over, also where a resume finds that it was over already."""
+"""`FinishingCallback`: what is done when training is over, also where a resume finds that it was over already."""
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import Callback
 class FinishingCallback(Callback):
     """Calls `finish` exactly once at the end of a fit that succeeds.
 
-    A fit that resumes at its last step trains no more, and Lightning then skips the training loop with all of its hooks,
-    `on_train_end` among them (2.6: `FitLoop.run`). Of the hooks that come with the callbacks' states loaded, it still
-    calls `on_fit_end` (`Trainer._run`). By then the strategy is torn down, so nothing can be validated any more.
+    A fit that resumes at its last step trains no more, and Lightning then skips the training loop with all its hooks,
+    `on_train_end` among them (2.6: `FitLoop.run`). What it still calls once everything is loaded is `on_fit_end`
+    (`Trainer._run`). By then the strategy is torn down, so nothing is validated there.
     """
 
     _finished = False

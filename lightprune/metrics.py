@@ -18,8 +18,8 @@ class DomainLoss(Metric):
     """Mean loss per token and its perplexity, for each domain and in total.
 
     loss_d = (sum of the token losses of d's samples) / (number of those tokens); ppl_d = exp(loss_d).
-    The sums are float64 and are added up over ranks: how samples fall into batches and ranks does not matter. On a device
-    that has no float64 (MPS) they are float32.
+    The sums are float64 and are added up over ranks: how samples fall into batches and ranks does not matter. On a
+    device that has no float64 (MPS) they are float32.
 
     Args:
         domain_names: names of the domains, in the order of their indices; may be empty.

@@ -1,6 +1,8 @@
 """The callbacks in strangers' modules: wherever the LM is, whatever they return, however they optimize."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightprune import (
     BlockInfluenceSelector,
     DifferencePenalty,
     GateAnnealing,
+    GreedyPerplexitySelector,
     LayerGateSelector,
     Pipeline,
     PlanFromFile,
@@ -297,6 +300,78 @@ def test_two_optimizers_one_of_which_has_nothing_to_do_with_the_lm(reference: di
     assert_equal(run(Two()), reference)
 
 
+class Auxiliary(Manual):
+    """A second loss, of its own, beside the LM's one forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe = nn.Linear(2, 1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.manual_backward(self.probe(torch.ones(2)).sum())
+        optimizer.step()
+
+
+def test_two_backward_calls_for_one_forward_pass_get_one_penalty(reference: dict[str, Tensor]) -> None:
+    assert_equal(run(Auxiliary()), reference)
+
+
+def test_every_forward_pass_that_trains_gets_its_penalty() -> None:
+    """Two halves of a batch, each with its own backward call, get two; the gates' l1 as well."""
+
+    class Halves(Manual):
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            for part in range(2):
+                self.manual_backward(self.loss({name: value[part::2] for name, value in batch.items()}) / 2)
+            optimizer.step()
+
+    selectors = [LayerGateSelector(drop=1, steps_per_round=2, lr=0.0, l1=l1, hold_weights=False) for l1 in (0.1, 0.2)]
+    seen = []
+    for module, selector in zip((Halves(), Manual()), selectors, strict=True):
+        spy = Spy(lambda *_, selector=selector: selector._gates.grad.clone(), "on_before_optimizer_step")
+        fit(module, [spy, selector], batches(1), 1)
+        seen.append(spy.seen[0])
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
+
+
+# Passes on the side.
+
+
+class Scores(Plain):
+    """Scores other text without gradients, before and after the pass that trains."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.score()
+        loss = super().training_step(batch, batch_idx)
+        self.score()
+        return loss
+
+    @torch.no_grad()
+    def score(self) -> None:
+        for batch in batches(2, seed=900):
+            self.lm(**batch, use_cache=False)
+
+
+def test_a_pass_without_gradients_does_not_dilute_the_penalty(reference: dict[str, Tensor]) -> None:
+    assert_equal(run(Scores()), reference)
+
+
+@pytest.mark.parametrize("make", [BlockInfluenceSelector, GreedyPerplexitySelector])
+def test_a_pass_without_gradients_is_not_scored(make: Any) -> None:
+    plans = []
+    for module in (Plain(), Scores()):
+        selector = make(drop=2, stop=2)
+        fit(module, [selector], batches(2), 2)
+        plans.append(selector.plan)
+    assert plans[0] is not None
+    assert plans[0] == plans[1]
+
+
 # Precision.
 
 
@@ -414,3 +489,14 @@ def test_fitting_on_after_the_cut_goes_on_with_the_cut_model() -> None:
 def test_no_callbacks_no_pipeline() -> None:
     trainer = fit(Plain(), [], batches(1), 1)
     assert Pipeline.of(trainer) is None
+
+
+def test_nothing_keeps_a_finished_run_alive() -> None:
+    def dropped() -> weakref.ref[nn.Module]:
+        module = Plain()
+        fit(module, everything(), batches(STEPS), STEPS)
+        return weakref.ref(module)
+
+    module = dropped()
+    gc.collect()
+    assert module() is None

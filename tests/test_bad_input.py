@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -26,7 +26,7 @@ from lightprune import (
 )
 from lightprune.anatomy import anatomy_of
 from tests.families import tiny_lm
-from tests.training import Plain, assert_equal, batches, trainer_for, weights
+from tests.training import Plain, assert_equal, batches, fit, trainer_for, weights
 
 
 class NoStep(Plain):
@@ -124,6 +124,30 @@ CASES: dict[str, tuple[Callable[[], NoStep], Callable[[], list[Callback]], dict[
     "nothing to select": (NoStep, lambda: [StructuredCut(at=3)], {}, r"nothing to cut.*selector"),
     "nothing to empty": (NoStep, lambda: [GateAnnealing(stop=3)], {}, r"no plan.*selector"),
     "a ramp without an end": (NoStep, lambda: [RandomSelector(drop=1), GateAnnealing()], {}, r"stop is not set"),
+    "nothing to fade out for": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), GateAnnealing(stop=3)],
+        {},
+        r"GateAnnealing.*there is none.*StructuredCut",
+    ),
+    "averaged weights": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), StructuredCut(at=2), WeightAveraging()],
+        {},
+        r"WeightAveraging keeps a copy of the uncut model.*trainer.callbacks",
+    ),
+    "stochastically averaged weights": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), StructuredCut(at=2), StochasticWeightAveraging(swa_lrs=0.1)],
+        {"max_epochs": 3},
+        r"StochasticWeightAveraging keeps a copy of the uncut model.*trainer.callbacks",
+    ),
+    "a last gate that shrinks freely": (
+        NoStep,
+        lambda: [LayerGateSelector(drop=1, placement="output")],
+        {},
+        r"protect_last is 0 with placement=output.*at least 1.*placement=residual",
+    ),
     "nothing to recover from": (
         NoStep, lambda: [RandomSelector(drop=1), Recovery(lr=1e-3)], {}, r"Recovery.*StructuredCut",
     ),
@@ -325,3 +349,22 @@ def test_fused_optimizer_with_clipping() -> None:
     trainer = trainer_for([RandomSelector(drop=1)], max_steps=1, precision="bf16-mixed", gradient_clip_val=1.0)
     with pytest.raises(ConfigError, match=r"gradient_clip_val is 1\.0 and AdamW is fused"):
         trainer.fit(module, batches(1))
+
+
+def test_callbacks_that_have_cut_another_model() -> None:
+    """They would train this one and never cut it."""
+    parts = [RandomSelector(drop=2), StructuredCut(at=1, validate=False)]
+    fit(Plain(), parts, batches(1), max_steps=1)
+    fresh = NoStep()
+    with pytest.raises(ConfigError, match=r"has cut a model already.* still has its 6 layers.*new callbacks"):
+        fit(fresh, parts, batches(2), max_steps=2)
+    assert len(anatomy_of(fresh.lm).layers) == 6
+
+
+def test_a_checkpoint_from_before_the_cut_in_a_module_that_is_cut(tmp_path: Any) -> None:
+    module, parts = Plain(), [RandomSelector(drop=2), StructuredCut(at=2, validate=False)]
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = fit(module, [*parts, saver], batches(3), max_steps=3, enable_checkpointing=True)
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    with pytest.raises(ConfigError, match="saved before the cut and this model is already cut"):
+        trainer.fit(module, batches(4), ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)

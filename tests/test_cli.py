@@ -7,19 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightprune import ConfigError
 from lightprune.cli import default_callbacks, main
 from lightprune.progress import PruningProgressBar
+from lightprune.random_state import RandomState
 from lightprune.report import RunReport
 
 LAYERS, DROP, CUT, STEPS = 4, 2, 2, 4
+SHIPPED = Path(__file__).parents[1] / "configs" / "methods"
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +194,58 @@ def test_mistakes_are_one_sentence(
     assert set(before) <= {path.name for path in tmp_path.iterdir()}
 
 
+class Interruption(RuntimeError):
+    """What `Interrupt` raises."""
+
+
+class Interrupt(Callback):
+    """Ends a run as the batch begins that follows so many optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Interruption
+
+
+def shipped_checkpoints() -> dict[str, Any]:
+    """The `ModelCheckpoint` of the shipped methods: the same in each but for its directory."""
+    found = []
+    for path in SHIPPED.glob("*.yaml"):
+        callbacks = yaml.safe_load(path.read_text())["trainer"]["callbacks"]
+        (saver,) = [callback for callback in callbacks if callback["class_path"].endswith(".ModelCheckpoint")]
+        assert saver["init_args"].pop("dirpath") == f"out/{path.stem}/checkpoints"
+        found.append(saver)
+    assert all(saver == found[0] for saver in found)
+    return found[0]
+
+
+def test_resumes_from_the_checkpoints_that_the_shipped_configs_keep(configs: list[str], tmp_path: Path) -> None:
+    """Interrupted before the first checkpoint, after the cut and near the end: the same as undisturbed, bit by bit."""
+    saver = shipped_checkpoints()
+    saver["init_args"]["every_n_train_steps"] = 2
+
+    def run(folder: str, interrupt: int | None = None) -> Path:
+        saver["init_args"]["dirpath"] = folder
+        interrupts = [{"class_path": "tests.test_cli.Interrupt", "init_args": {"step": interrupt}}]
+        callbacks = [saver, *(interrupts if interrupt is not None else [])]
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({"trainer": {"max_steps": 6, "callbacks+": callbacks}}))
+        assert main(["fit", *configs, "--config", "run.yaml", "--ckpt_path", "last"]) == 0
+        return Path(folder, "last.ckpt")
+
+    expected = torch.load(run("undisturbed"), weights_only=True)
+    for step in (1, 3, 5):
+        with pytest.raises(Interruption):
+            run("disturbed", interrupt=step)
+    found = torch.load(run("disturbed"), weights_only=True)
+
+    assert found["global_step"] == expected["global_step"] == 6
+    assert [path.name for path in Path("disturbed").iterdir()] == ["last.ckpt"]
+    for key in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
+
+
 def test_exit_status_of_the_process(configs: list[str]) -> None:
     """Through the real entry point: status 2, the sentence last, no traceback."""
     command = [sys.executable, "-m", "lightprune", "fit", *configs, "--trainer.max_steps=1"]
@@ -213,7 +268,11 @@ def test_other_errors_keep_their_traceback(configs: list[str]) -> None:
 
 
 def test_default_callbacks_give_way_to_the_users() -> None:
-    report, bar = RunReport(validate_at_start=False), TQDMProgressBar()
-    assert [type(c) for c in default_callbacks([], progress_bar=True)] == [PruningProgressBar, RunReport]
-    assert [type(c) for c in default_callbacks([bar], progress_bar=True)] == [RunReport]
-    assert [type(c) for c in default_callbacks([report], progress_bar=False)] == []
+    def defaults(*given: Callback, progress_bar: bool = True) -> list[type[Callback]]:
+        return [type(callback) for callback in default_callbacks(given, progress_bar=progress_bar)]
+
+    assert defaults() == [PruningProgressBar, RunReport, RandomState]
+    assert defaults(progress_bar=False) == [RunReport, RandomState]
+    assert defaults(TQDMProgressBar()) == [RunReport, RandomState]
+    assert defaults(RunReport(validate_at_start=False)) == [PruningProgressBar, RandomState]
+    assert defaults(RandomState(seed=3)) == [PruningProgressBar, RunReport]

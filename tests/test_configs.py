@@ -1,7 +1,7 @@
 """Every YAML in `configs/`: in the composition that it is meant for, it parses and all of its classes can be built."""
 
-import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,18 +58,55 @@ def test_builds(path: Path) -> None:
     assert cli.datamodule is not None
 
 
+def bare_keys(node: yaml.Node, lines: list[str], explained: bool = False) -> Iterator[str]:
+    """The keys below `node` that no comment explains: one above it, on its line, or of the mapping that it is part of.
+
+    What an object takes (`init_args`) and what a section holds (`trainer`) has to be explained key by key.
+    """
+    if isinstance(node, yaml.SequenceNode):
+        for entry in node.value:
+            yield from bare_keys(entry, lines, explained)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            line = key.start_mark.line
+            commented = explained or "#" in lines[line] or lines[line - 1].lstrip().startswith("#")
+            is_section = key.start_mark.column == 0 and isinstance(value, yaml.MappingNode)
+            is_frame = is_section or key.value in ("class_path", "init_args")
+            if not commented and not is_frame:
+                yield f"{line + 1}: {key.value}"
+            is_object = key.value == "callbacks" or (
+                isinstance(value, yaml.MappingNode) and any(inner.value == "class_path" for inner, _ in value.value)
+            )
+            yield from bare_keys(value, lines, commented and not is_frame and not is_object)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_every_key_has_a_comment(path: Path) -> None:
-    """A comment explains the keys below it, down to the next blank line or the next object."""
-    explained, bare = False, []
-    for line in path.read_text().splitlines():
-        if "#" in line:
-            explained = True
-        elif not line.strip() or re.match(r"\s*(- )?(class_path|init_args):", line):
-            explained = False
-        elif re.match(r"\s*(- )?[\w/+-]+: *\S", line) and not explained:
-            bare.append(line.strip())
-    assert not bare
+    text = path.read_text()
+    assert list(bare_keys(yaml.compose(text), text.splitlines())) == []
+
+
+def test_a_key_without_a_comment_is_seen() -> None:
+    text = """
+# What is explained here is the file.
+seed_everything: 0
+trainer:
+  # How long. (int)
+  max_steps: 1
+  log_every_n_steps: 1
+  # What it does. (list of classes)
+  callbacks:
+    # The first. (class)
+    - class_path: lightprune.RandomSelector
+      init_args:
+        drop: 1
+        seed: 0  # of the draw
+data:
+  # Places. (dict)
+  domains:
+    one: {files: a}
+"""
+    assert list(bare_keys(yaml.compose(text), text.splitlines())) == ["7: log_every_n_steps", "13: drop"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)

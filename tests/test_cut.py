@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from lightprune import (
     BlockInfluenceSelector,
     GateAnnealing,
+    GreedyPerplexitySelector,
     PlanFromFile,
     PruningPlan,
     RandomSelector,
@@ -19,7 +21,7 @@ from lightprune.anatomy import anatomy_of
 from lightprune.pipeline import Pipeline
 from tests.families import FAMILIES, left_padded, tiny_lm
 from tests.surgery.test_model import assert_same, cached_logits, cut_copy, logits_of
-from tests.training import Plain, Spy, assert_equal, batches, fit, trainer_for, weights
+from tests.training import Batches, Plain, Spy, assert_equal, batches, fit, trainer_for, weights
 
 DROP = [0, 4]
 
@@ -149,3 +151,52 @@ def test_phases(tmp_path: Any) -> None:
     callbacks = [spy, BlockInfluenceSelector(drop=1, stop=2), GateAnnealing(), StructuredCut(at=4)]
     fit(Plain(), callbacks, batches(5), max_steps=5)
     assert spy.seen == ["select", "select", "transfer", "transfer", "recover"]
+
+
+def test_validation_at_the_cut_draws_no_random_number_from_training() -> None:
+    """A loader that shuffles draws from the generator that dropout draws from."""
+
+    def run(validate: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        module = Plain(tiny_lm("llama", attention_dropout=0.3))
+        trainer = trainer_for([RandomSelector(drop=2), StructuredCut(at=2, validate=validate)], 5)
+        shuffled = DataLoader(batches(4).data, batch_size=None, shuffle=True)
+        trainer.fit(module, Batches(batches(3)), shuffled)
+        return weights(module)
+
+    with torch.random.fork_rng():
+        assert_equal(run(True), run(False))
+
+
+def test_modes_of_submodules_survive_the_cut_and_the_search() -> None:
+    module = Plain()
+    layers = list(anatomy_of(module.lm).layers)
+    for frozen in (layers[1], layers[3].mlp, layers[4].self_attn):
+        frozen.eval()
+    modes = {child: child.training for child in module.modules()}
+    fit(module, [GreedyPerplexitySelector(drop=2, stop=1), StructuredCut(at=2)], batches(4), max_steps=4)
+    left = {child: child.training for child in module.modules()}
+    stack = anatomy_of(module.lm).layers
+    assert len(stack) == 4
+    assert left.pop(stack)
+    assert left == {child: modes[child] for child in left}
+    assert not all(left.values())
+
+
+def test_the_checkpoint_of_the_cuts_step_holds_the_cut_model(tmp_path: Any) -> None:
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=False)
+    fit(
+        Plain(),
+        [RandomSelector(drop=2), StructuredCut(at=3), saver],
+        batches(6),
+        max_steps=6,
+        enable_checkpointing=True,
+        val_check_interval=2,
+    )
+    layers = {}
+    for path in tmp_path.glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        names = [name for name in checkpoint["state_dict"] if name.endswith("down_proj.weight")]
+        layers[path.name] = len(names)
+        assert (checkpoint["callbacks"]["StructuredCut"]["plan"] is not None) == (len(names) == 4)
+    assert layers == {"step=2.ckpt": 6, "step=3.ckpt": 4, "step=4.ckpt": 4, "step=6.ckpt": 4}

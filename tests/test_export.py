@@ -202,7 +202,7 @@ def test_tokenizer_and_model_card(tmp_path: Path) -> None:
         card={
             "parameters": {"before": before, "after": lm.num_parameters()},
             "data": {"domains": "code, web"},
-            "metrics": {"before the cut": {"val/ppl": 31.25}, "at the end": {"val/ppl": 33.5, "val/loss": 3.5}},
+            "metrics": {"before the cut": {"val/ppl": 31.25}, "last validation": {"val/ppl": 33.5, "val/loss": 3.5}},
         },
     )
 
@@ -218,7 +218,7 @@ def test_tokenizer_and_model_card(tmp_path: Path) -> None:
         "Layers 1, 2, counted from 0.",
         "| selector | by hand |",
         "| domains | code, web |",
-        "|  | before the cut | at the end |",
+        "|  | before the cut | last validation |",
         "| val/ppl | 31.25 | 33.5 |",
         "| val/loss |  | 3.5 |",
         f"| torch | {torch.__version__} |",
@@ -357,8 +357,24 @@ def test_callback_exports_what_a_stranger_trained(tokenizer: Any, tmp_path: Path
         assert torch.equal(reloaded.state_dict()[name], weight)
     assert (tmp_path / "deep/out/tokenizer.json").exists() == isinstance(tokenizer, PreTrainedTokenizerFast)
     card = (tmp_path / "deep/out/README.md").read_text()
-    assert "| my_loss |" in card
+    assert "## Metrics" not in card  # nothing was validated
     assert "| optimizer steps | 2 |" in card
+
+
+class Validated(Stranger):
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("my_score", float(self.global_step))
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(torch.arange(8).view(1, 1, 8), batch_size=None)  # type: ignore[arg-type]
+
+
+def test_the_card_tells_the_last_validation_and_nothing_of_training(tmp_path: Path) -> None:
+    fit(Validated(), ExportHF(str(tmp_path / "out")), tmp_path)
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "|  | last validation |\n| --- | --- |\n| my_score | 2 |" in card
+    assert "my_loss" not in card
 
 
 def test_callback_refuses_before_training(tmp_path: Path) -> None:

@@ -87,11 +87,26 @@ def test_a_domain_without_tokens_is_left_out() -> None:
 
 def test_sums_stay_exact_in_a_half_precision_module() -> None:
     metric = DomainLoss(["a"]).to(torch.bfloat16)
+    assert metric.loss_sums.dtype == metric.token_counts.dtype == torch.float64  # so that ranks agree before any batch
     for _ in range(1000):
         metric.update(torch.tensor([1.0]), torch.tensor([3]), torch.tensor([0]))
 
     assert metric.compute()["loss"].dtype == torch.float64
     assert metric.compute()["loss"].item() == 1000 / 3000
+
+
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightprune.metrics.WITHOUT_FLOAT64", ("cpu",))
+    metric = DomainLoss(["a", "b"]).to("cpu")
+    for evaluation in range(2):
+        assert metric.loss_sums.dtype == metric.token_counts.dtype == torch.float32, evaluation
+        metric.update(torch.tensor([6.0, 1.0]), torch.tensor([3, 1]), torch.tensor([0, 1]))
+        result = metric.compute()
+        assert {value.dtype for value in result.values()} == {torch.float32}
+        assert [result[name].item() for name in ("loss", "loss/a", "loss/b")] == [1.75, 2.0, 1.0]
+        metric.reset()
+    monkeypatch.undo()
+    assert metric.to("cpu").loss_sums.dtype == torch.float64
 
 
 def test_reset_forgets() -> None:

@@ -46,7 +46,7 @@ def test_nothing_before_the_selection_begins_or_without_a_penalty(accumulate: in
     """Callbacks whose time has not come leave the run bit for bit what it is without them."""
     plain, pruned = Plain(), Plain()
     fit(plain, [], batches(8), max_steps=4, accumulate_grad_batches=accumulate)
-    late = [BlockInfluenceSelector(drop=1, start=20, stop=22), GateAnnealing(stop=30)]
+    late = [BlockInfluenceSelector(drop=1, start=20, stop=22), DifferencePenalty(stop=30)]
     fit(pruned, late, batches(8), max_steps=4, accumulate_grad_batches=accumulate)
     assert_equal(weights(plain), weights(pruned))
 

@@ -8,7 +8,7 @@ import torch
 
 from lightprune import RandomSelector, Recovery, StructuredCut
 from lightprune.recovery import rate_factor
-from tests.training import Plain, Spy, batches, fit
+from tests.training import Batches, Plain, Spy, batches, fit, trainer_for
 
 CUT, STEPS = 3, 11
 
@@ -64,3 +64,36 @@ def test_without_recovery_the_users_schedule_goes_on() -> None:
 def test_the_last_step_does_not_pass_the_end() -> None:
     assert rate_factor(100, 10, 2, "linear", 0.1) == pytest.approx(0.1)
     assert rate_factor(0, 0, 0, "cosine", 0.1) == 1.0
+
+
+def test_rates_of_zero_have_equal_ratios() -> None:
+    def scheduler(optimizer: Any) -> Any:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = 0.0
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0)
+
+    seen = rates(Recovery(lr=0.02), scheduler, groups=2)
+    assert seen == [[0.0, 0.0]] * CUT + [[0.02, 0.02]] * (STEPS - CUT)
+
+
+def test_ratios_survive_a_resume_from_a_rate_of_zero(tmp_path: Any) -> None:
+    """At the end of a decay to 0 the optimizer's own state has nothing left to tell them by."""
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        params = list(parameters)
+        return torch.optim.SGD([{"params": params[::2]}, {"params": params[1::2], "lr": 0.5e-3}], lr=1e-3)
+
+    def parts() -> list[Any]:
+        return [
+            RandomSelector(drop=2),
+            StructuredCut(at=1, validate=False),
+            Recovery(lr=0.02, decay="linear", final_ratio=0.0),
+        ]
+
+    fit(Plain(optimizer=optimizer), parts(), batches(3), 3).save_checkpoint(tmp_path / "end.ckpt")
+    spy = Spy(lambda trainer, _: [g["lr"] for g in trainer.optimizers[0].param_groups], "on_before_optimizer_step")
+    rest = Batches(batches(5)[3:])
+    trainer = trainer_for([spy, *parts()], 5)
+    trainer.fit(Plain(optimizer=optimizer), rest, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    # Steps 4 and 5: 2 and 3 of 4 after the cut.
+    assert spy.seen == [pytest.approx([0.01, 0.005]), pytest.approx([0.005, 0.0025])]

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightprune import RandomSelector, StructuredCut
+from lightprune import PruningPlan, RandomSelector, StructuredCut
 from lightprune.report import RunReport, write_summary
 
 BATCHES, BATCH, LENGTH, PADDING = 6, 2, 8, 3
@@ -21,10 +21,10 @@ BATCHES, BATCH, LENGTH, PADDING = 6, 2, 8, 3
 class Stranger(pl.LightningModule):
     """A module that knows nothing of lightprune and names its own metrics."""
 
-    def __init__(self, *, with_mask: bool = True) -> None:
+    def __init__(self, *, mask: Literal["by name", "by position"] | None = "by name") -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.with_mask = with_mask
+        self.mask = mask
         self.backbone = LlamaForCausalLM(
             LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)
         )
@@ -32,7 +32,9 @@ class Stranger(pl.LightningModule):
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         mask = torch.ones_like(batch)
         mask[:, -PADDING:] = 0
-        arguments = {"attention_mask": mask} if self.with_mask else {}
+        if self.mask == "by position":
+            return self.backbone(batch, mask, labels=batch).loss
+        arguments = {"attention_mask": mask} if self.mask == "by name" else {}
         return self.backbone(batch, labels=batch, **arguments).loss
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
@@ -80,6 +82,7 @@ def test_counts_of_a_run_with_a_cut(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["before"] == {"layers": 4, "parameters": before}
     assert found["after"] == {"layers": 2, "parameters": before - 2 * layer}
     assert found["dropped_layers"] == list(cut.plan.dropped_layers)
+    assert PruningPlan.from_dict(found["plan"]) == cut.plan
     assert (found["cut_step"], found["steps"]) == (4, BATCHES)
     tokens = {phase: cost["tokens"] for phase, cost in found["phases"].items()}
     per_step = BATCH * (LENGTH - PADDING)
@@ -102,8 +105,13 @@ def test_metrics_are_those_of_the_moment(tmp_path: Path) -> None:
 
 
 def test_without_a_mask_every_token_counts(tmp_path: Path) -> None:
-    trainer(tmp_path, RunReport()).fit(Stranger(with_mask=False))
+    trainer(tmp_path, RunReport()).fit(Stranger(mask=None))
     assert summary(tmp_path)["phases"]["train"]["tokens"] == BATCHES * BATCH * LENGTH
+
+
+def test_a_mask_may_come_by_position(tmp_path: Path) -> None:
+    trainer(tmp_path, RunReport()).fit(Stranger(mask="by position"))
+    assert summary(tmp_path)["phases"]["train"]["tokens"] == BATCHES * BATCH * (LENGTH - PADDING)
 
 
 def test_module_without_language_model_and_without_validation(tmp_path: Path) -> None:

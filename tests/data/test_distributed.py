@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightprune.data import MixtureLoader, Source, TextDataModule
 from lightprune.data.blocks import OrderedSampler
+from lightprune.metrics import IGNORE_INDEX
 from tests.data.conftest import byte_tokenizer
 
 

@@ -146,6 +146,7 @@ def test_settings_that_cannot_work_are_refused_unseen(source: Source, sentence: 
         ({"files": "{}/none.txt"}, "data.domains.d.files is '{}/none.txt', but there is no such file."),
         ({"files": "{}/*.md"}, "there is no such file"),
         ({"files": "{}"}, "data.domains.d.files names the directory '{}'; name its files"),
+        ({"files": "pkg://no_such_package_here"}, "'pkg://no_such_package_here' is incomplete"),
         ({"files": "pkg://no_such_package_here/x"}, "needs the Python package 'no_such_package_here', which is not"),
         ({"saved": "{}/none"}, "data.domains.d.saved is '{}/none', but there is no such directory."),
         ({"saved": "{}"}, "data.domains.d cannot be loaded: "),

@@ -63,9 +63,12 @@ def by_hand(
     return loss, means
 
 
-def fitted_gradients(module: Plain, callbacks: list[Any], data: list[Batch], **kwargs: Any) -> dict[str, Tensor]:
+def fitted_gradients(
+    module: Plain, callbacks: list[Any], data: list[Batch], max_steps: int = 1, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Those of the first step."""
     spy = Spy(lambda trainer, m: gradients(m), "on_before_optimizer_step")
-    fit(module, [spy, *callbacks], data, max_steps=1, **kwargs)
+    fit(module, [spy, *callbacks], data, max_steps, **kwargs)
     return {name.removeprefix("lm."): value for name, value in spy.seen[0].items()}
 
 
@@ -150,8 +153,8 @@ def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool, plan
         if checkpointed:
             lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
             lm.enable_input_require_grads()
-        parts = [plan_file(lm, DROP), DifferencePenalty(STRENGTH, stop=4), GateAnnealing(stop=4)]
-        return fitted_gradients(Plain(lm), parts, [padded()])
+        parts = [plan_file(lm, DROP), DifferencePenalty(STRENGTH), GateAnnealing(), StructuredCut(at=4)]
+        return fitted_gradients(Plain(lm), parts, [padded()], max_steps=4)
 
     assert_close(gradient(True), gradient(False), rtol=1e-4, atol=1e-6)
 
@@ -177,9 +180,10 @@ def test_difference_is_the_layers_own_under_annealing(plan_file: Any) -> None:
         mask = batch["attention_mask"] == 1
         penalty = sum(((o - i).square().mean(-1).sqrt())[mask].mean() for i, o in states.values())
         (loss + STRENGTH * penalty).backward()
-        parts = [DifferencePenalty(STRENGTH, stop=4), GateAnnealing(stop=4)]
+        parts = [DifferencePenalty(STRENGTH), GateAnnealing(), StructuredCut(at=4)]
         parts = parts[::-1] if swap else parts
-        results.append((fitted_gradients(Plain(lm), [plan_file(lm, DROP), *parts], [batch]), gradients(twin)))
+        actual = fitted_gradients(Plain(lm), [plan_file(lm, DROP), *parts], [batch], max_steps=4)
+        results.append((actual, gradients(twin)))
     for actual, expected in results:
         assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 

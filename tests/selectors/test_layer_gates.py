@@ -13,7 +13,7 @@ from lightprune import LayerGateSelector, StructuredCut
 from lightprune.anatomy import anatomy_of
 from lightprune.gates import Placement
 from tests.families import NUM_LAYERS, tiny_lm
-from tests.training import Batch, Plain, Spy, assert_equal, batches, fit, weights
+from tests.training import Batch, Batches, Plain, Spy, assert_equal, batches, fit, trainer_for, weights
 
 LR, L1 = 0.05, 0.02
 
@@ -80,7 +80,7 @@ def stage_one(
         ("residual", None, [1, 1, 1], True, 1, (0, 0)),
         ("output", None, [1, 1, 1], True, 1, (0, 1)),
         ("residual", 2, [2, 1], False, 2, (1, 1)),
-        ("output", 1, [3], True, 2, (0, 0)),
+        ("output", 1, [3], True, 2, (1, 1)),
     ],
 )
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
@@ -241,3 +241,41 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
 
     for actual, expected in zip(run(True), run(False), strict=True):
         assert actual == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("restart", [True, False])
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_second_fit_goes_on_in_the_middle_of_a_round(restart: bool, hold: bool) -> None:
+    """The first stops in the second round, with a layer left out and a step of Adam behind it."""
+
+    def run(*ends: int) -> tuple[Any, dict[str, Tensor]]:
+        selector = LayerGateSelector(drop=2, steps_per_round=3, l1=L1, restart=restart, hold_weights=hold)
+        module, data, done = Plain(), batches(7), 0
+        trainer = trainer_for([selector], ends[0])
+        for end in ends:
+            trainer.fit_loop.epoch_loop.max_steps = end
+            trainer.fit(module, Batches(data[done:end]))
+            done = end
+        assert trainer.global_step == 7
+        assert selector.plan is not None
+        return selector.plan, weights(module)
+
+    (plan, moved), (expected_plan, expected) = run(4, 7), run(7)
+    assert plan == expected_plan
+    assert_equal(moved, expected)
+
+
+def test_a_checkpoint_between_restoring_and_the_first_batch_is_the_restored_one(tmp_path: Any) -> None:
+    selectors = [LayerGateSelector(drop=2, steps_per_round=3, l1=L1) for _ in range(3)]
+    fit(Plain(), [selectors[0]], batches(4), 4).save_checkpoint(tmp_path / "first.ckpt")
+    save = Spy(lambda trainer, _: trainer.save_checkpoint(tmp_path / "second.ckpt"), "on_train_start")
+    for selector, name in zip(selectors[1:], ("first", "second"), strict=True):
+        trainer = trainer_for([save, selector] if name == "first" else [selector], 6)
+        rest = Batches(batches(6)[4:])
+        trainer.fit(Plain(), rest, ckpt_path=tmp_path / f"{name}.ckpt", weights_only=True)
+    saved = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("first", "second")]
+    first, second = (checkpoint["callbacks"]["LayerGateSelector"] for checkpoint in saved)
+    assert torch.equal(second["gates"], first["gates"])
+    assert second["history"] == first["history"] != []
+    assert selectors[1].plan is not None
+    assert selectors[1].plan == selectors[2].plan
