@@ -69,6 +69,11 @@ class LayerGateSelector(Selector):
         self.placement: Placement = placement
         self.restart = restart
         self.patience = patience
+        self._saved: dict[str, Any] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Stand before the first round."""
         self._gates = torch.empty(0)
         self._adam: torch.optim.Adam | None = None
         self._dropped: list[int] = []
@@ -76,7 +81,6 @@ class LayerGateSelector(Selector):
         self._round_steps = 0
         self._stable_steps = 0
         self._smallest: list[int] = []
-        self._saved: dict[str, Any] | None = None
 
     def check(self) -> None:
         for key in ("l1", "lr"):
@@ -222,6 +226,7 @@ class LayerGateSelector(Selector):
         }
 
     def load_scores_state(self, state: dict[str, Any]) -> None:
+        self._forget()
         self._saved = {name: state[name] for name in _SAVED} if "gates" in state else None
 
     def _restore(self, state: dict[str, Any]) -> None:
