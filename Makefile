@@ -21,13 +21,14 @@ GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_thre
 # At most 4 workers: each one imports torch and holds its own copy of the tiny models.
 PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 4
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test lint overhead clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   install into $(VENV) and prune a real language model on this machine"
 	@echo "make test         install into $(VENV), then format check, lint, types and all tests"
 	@echo "make lint         the same without the tests"
+	@echo "make overhead     measure what lightprune costs a training step"
 	@echo "make clean        remove $(VENV) and the tools' caches"
 
 quickstart: $(VENV)/quickstart.stamp
@@ -41,6 +42,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict lightprune
+
+overhead: $(VENV)/dev.stamp
+	GLIBC_TUNABLES=$(GLIBC_TUNABLES) $(BIN)/python benchmarks/overhead.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -79,10 +79,12 @@ class Row:
 
 
 def annealing() -> list[Callback]:
+    """The layers fade out up to the cut."""
     return [lp.GateAnnealing()]
 
 
 def penalty() -> list[Callback]:
+    """The difference penalty up to the cut, on the scale of the residual stream."""
     return [lp.DifferencePenalty(strength=0.1, relative=True)]
 
 
@@ -292,6 +294,7 @@ def table(results: Results) -> Iterator[str]:
 
 
 def main() -> None:
+    """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--text", type=Path, help="text to train on and to hold out from")

@@ -1,6 +1,6 @@
 """What lightprune costs, as ratios against plain Lightning on the same model, interleaved, medians.
 
-    python benchmarks/overhead.py            # about ten minutes on two cores; appends nothing, prints a table
+    make overhead            # some minutes on two cores (Linux); prints a table
 
 The model has SmolLM2-135M's shape and random weights. Every round fits each variant in turn for a few steps, so that a
 machine whose speed drifts slows all of them alike; a variant's time is the median over its steps of all rounds. Memory
@@ -11,7 +11,7 @@ import argparse
 import gc
 import json
 import logging
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -19,6 +19,8 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -97,10 +99,12 @@ class FixedPlan(lp.RandomSelector):
 
 
 def gates() -> list[Callback]:
+    """A gate on every layer, learning beside the weights."""
     return [lp.LayerGateSelector(drop=DROP, rounds=1, steps_per_round=1000, hold_weights=False)]
 
 
 def penalty() -> list[Callback]:
+    """The difference penalty on eight layers."""
     return [FixedPlan(), lp.DifferencePenalty(strength=1e-3, stop=1000)]
 
 
@@ -112,6 +116,7 @@ VARIANTS: dict[str, Callable[[], list[Callback]]] = {
 
 
 def fit(module: L.LightningModule, callbacks: list[Callback], steps: int) -> None:
+    """Fit on random tokens for `steps` batches."""
     trainer = L.Trainer(
         accelerator="cpu",
         precision="bf16-mixed",
@@ -130,22 +135,31 @@ def fit(module: L.LightningModule, callbacks: list[Callback], steps: int) -> Non
 def time_variants(rounds: int) -> dict[str, list[float]]:
     """Seconds: steps of every variant, after a cut, and of a fresh model of that shape; cuts; forward passes."""
     seconds: dict[str, list[float]] = defaultdict(list)
-    modules = {"dense": Module(), "small": Module(LAYERS - DROP)}
-    for _ in range(rounds):
-        for name, callbacks in VARIANTS.items():
-            timer = StepTimer()
-            fit(modules["dense"], [timer, *callbacks()], STEPS)
-            seconds[name] += timer.seconds
+    dense, small = Module(), Module(LAYERS - DROP)
+
+    def variant(name: str) -> None:
         timer = StepTimer()
-        fit(modules["small"], [timer], STEPS)
+        fit(dense, [timer, *VARIANTS[name]()], STEPS)
+        seconds[name] += timer.seconds
+
+    def fresh_small() -> None:
+        timer = StepTimer()
+        fit(small, [timer], STEPS)
         seconds["fresh small model"] += timer.seconds
+
+    def after_the_cut() -> None:
         module, cut, timer = Module(), lp.StructuredCut(at=2), StepTimer(since=2)
         fit(module, [timer, FixedPlan(), cut], 2 + STEPS)
         seconds["after the cut"] += timer.seconds
         seconds["cut"].append(cut.seconds)
-        time_forward(modules["dense"].lm, module.lm, seconds)
-        del module
-        gc.collect()
+        time_forward(dense.lm, module.lm, seconds)
+
+    turns = [*(partial(variant, name) for name in VARIANTS), fresh_small, after_the_cut]
+    for number in range(rounds):
+        # Each takes each place in turn: what ran before leaves the allocator in another state.
+        for place in range(len(turns)):
+            turns[(number + place) % len(turns)]()
+            gc.collect()
     return seconds
 
 
@@ -176,6 +190,7 @@ def peak_memory(variant: str) -> float:
 
 
 def main() -> None:
+    """Measure, and print a Markdown table and the medians behind it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=tuple(VARIANTS), help=argparse.SUPPRESS)
@@ -184,11 +199,13 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if arguments.memory_of:
         fit(Module(), VARIANTS[arguments.memory_of](), 4)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        # Not getrusage: what it tells survives exec, and so begins with the parent's peak.
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        print(int(peak.group(1)) * 1024 if peak else 0)
         return
     seconds = time_variants(arguments.rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    memory = {name: statistics.median(peak_memory(name) for _ in range(3)) for name in ("plain", "gates", "penalty")}
+    memory = {name: statistics.median(peak_memory(name) for _ in range(2)) for name in ("plain", "gates", "penalty")}
     flops = forward_flops(LAYERS - DROP) / forward_flops(LAYERS)
     rows = [
         ("step with gates / plain", median["gates"] / median["plain"], "<= 1.03"),

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from lightprune.errors import ConfigError
 from lightprune.export import card_of, check_target, export_hf, tokenizer_of
-from lightprune.pipeline import Part, Pipeline, find_causal_lm
+from lightprune.host import find_causal_lm
+from lightprune.pipeline import Part, Pipeline
 from lightprune.plan import PruningPlan
 from lightprune.progress import PruningProgressBar
 from lightprune.random_state import RandomState

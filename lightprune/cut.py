@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 
 from lightprune import strategies
 from lightprune.errors import ConfigError
-from lightprune.pipeline import Part, Stage, callbacks_of, run_validation
+from lightprune.host import callbacks_of, run_validation
+from lightprune.pipeline import Part, Stage
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback
+from lightprune.host import find_causal_lm
 from lightprune.hub import Dtype, loading_problems, torch_dtype, without_progress_bars
-from lightprune.pipeline import Pipeline, find_causal_lm
+from lightprune.pipeline import Pipeline
 from lightprune.plan import PruningPlan
 from lightprune.report import versions
 

@@ -18,7 +18,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel
 from lightprune import strategies
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.errors import ConfigError
+from lightprune.host import callbacks_of, find_causal_lm
 from lightprune.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -376,52 +376,5 @@ class Pipeline:
         return result
 
 
-def callbacks_of(trainer: L.Trainer) -> list[Callback]:
-    """All callbacks of a trainer, in its order."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
-
-
 def _parts_of(trainer: L.Trainer) -> list[Part]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, Part)]
-
-
-def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
-    """The one Hugging Face causal LM inside `module`, and its dotted path there.
-
-    A module that holds several (a teacher, say) names the one to prune in an attribute `pruned_model`, a dotted path.
-
-    Raises:
-        ConfigError: there is none, or there are several and none is named.
-    """
-    found = {
-        name: child
-        for name, child in module.named_modules()
-        if isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
-    }
-    named: str | None = getattr(module, "pruned_model", None)
-    if named is not None and named in found:
-        return named, found[named]
-    if len(found) != 1 or named is not None:
-        where = f" at {', '.join(sorted(found))}" if found else ""
-        raise ConfigError(
-            f"{type(module).__name__} holds {len(found)} Hugging Face causal LMs{where}"
-            + (f", and its `pruned_model` is {named!r}" if named is not None else "")
-            + ": it must hold exactly one, or name the one to prune by its path in the attribute `pruned_model`."
-        )
-    return next(iter(found.items()))
-
-
-def run_validation(trainer: L.Trainer) -> dict[str, float]:
-    """Run the validation loop from inside `fit`, as the training loop itself does, and return what it logged.
-
-    It leaves no trace in the global random generators: whether it ran does not change the training that follows.
-    """
-    connector = trainer._logger_connector
-    first_loop_iter = connector._first_loop_iter
-    trainer.validating = True
-    with isolate_rng():
-        outputs = trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training = True
-    connector._first_loop_iter = first_loop_iter
-    return {name: float(value) for output in outputs for name, value in output.items()}

@@ -20,8 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback
+from lightprune.host import find_causal_lm, run_validation
 from lightprune.observe import attention_mask_of
-from lightprune.pipeline import Pipeline, find_causal_lm, run_validation
+from lightprune.pipeline import Pipeline
 
 Metrics = dict[str, float]
 

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightprune as lp
 from lightprune.data import Source, TextDataModule
+from lightprune.host import find_causal_lm
 from lightprune.module import CausalLM
-from lightprune.pipeline import find_causal_lm
 from lightprune.random_state import RandomState
 from tests.families import tiny_lm
 from tests.training import Batch, Plain, batches, trainer_for

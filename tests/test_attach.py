@@ -26,7 +26,7 @@ from lightprune import (
     StructuredCut,
 )
 from lightprune.anatomy import anatomy_of
-from lightprune.pipeline import find_causal_lm
+from lightprune.host import find_causal_lm
 from tests.families import tiny_lm
 from tests.test_bad_input import attached
 from tests.training import (
