@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import lightprune as lp
-from lightprune.module import token_losses
+from lightprune.metrics import token_losses
 
 LAYERS, DROP = 30, 8
 DROPPED = tuple(range(12, 12 + DROP))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import Metric
 
 IGNORE_INDEX = -100
@@ -12,6 +13,25 @@ IGNORE_INDEX = -100
 
 WITHOUT_FLOAT64 = ("mps",)
 """Types of devices that have no float64."""
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token cross entropy of each sample, summed over its tokens.
+
+    Args:
+        logits: [B, T, V] scores, of any floating dtype; the entropy itself is computed in float32.
+        labels: [B, T] token ids, not shifted; -100 is ignored.
+
+    Returns:
+        loss_sums [B] in nats, and token_counts [B]: how many labels each sum is over.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    # Sample by sample: as fast as all at once, and the float32 copy of the logits exists for one sample only.
+    loss_sums = [
+        F.cross_entropy(sample.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
+        for sample, target in zip(logits.unbind(), targets.unbind(), strict=True)
+    ]
+    return torch.stack(loss_sums), (targets != IGNORE_INDEX).sum(dim=1)
 
 
 class DomainLoss(Metric):

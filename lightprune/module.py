@@ -9,30 +9,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.hub import Dtype, load_causal_lm, load_tokenizer
-from lightprune.metrics import IGNORE_INDEX, DomainLoss
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token cross entropy of each sample, summed over its tokens.
-
-    Args:
-        logits: [B, T, V] scores, of any floating dtype; the entropy itself is computed in float32.
-        labels: [B, T] token ids, not shifted; -100 is ignored.
-
-    Returns:
-        loss_sums [B] in nats, and token_counts [B]: how many labels each sum is over.
-    """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    # Sample by sample: as fast as all at once, and the float32 copy of the logits exists for one sample only.
-    loss_sums = [
-        F.cross_entropy(sample.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
-        for sample, target in zip(logits.unbind(), targets.unbind(), strict=True)
-    ]
-    return torch.stack(loss_sums), (targets != IGNORE_INDEX).sum(dim=1)
+from lightprune.metrics import DomainLoss, token_losses
 
 
 class CausalLM(LightningModule):

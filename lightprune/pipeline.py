@@ -31,7 +31,6 @@ from lightprune.plan import PruningPlan
 
 if TYPE_CHECKING:
     from lightprune.cut import StructuredCut
-    from lightprune.regularizers.base import Regularizer
     from lightprune.selectors.base import Selector
 
 Phase = Literal["select", "transfer", "recover", "train"]
@@ -171,11 +170,6 @@ class Pipeline:
     def selectors(self) -> "list[Selector]":
         """The parts that decide the plan."""
         return [cast("Selector", part) for part in self.parts if part.stage is Stage.SELECT]
-
-    @property
-    def regularizers(self) -> "list[Regularizer]":
-        """The parts that empty what the plan removes."""
-        return [cast("Regularizer", part) for part in self.parts if part.stage is Stage.REGULARIZE]
 
     @property
     def cut(self) -> "StructuredCut | None":

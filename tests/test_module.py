@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from lightprune.anatomy import anatomy_of
-from lightprune.module import CausalLM, token_losses
+from lightprune.metrics import token_losses
+from lightprune.module import CausalLM
 
 VOCAB, LENGTH, DOMAINS = 32, 12, ["code", "web"]
 

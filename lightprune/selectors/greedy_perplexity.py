@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightprune.gates import replaced_forwards
+from lightprune.metrics import IGNORE_INDEX, token_losses
 from lightprune.observe import call_inputs, evaluating
 from lightprune.pipeline import Status
 from lightprune.selectors.base import Selector
@@ -127,11 +128,8 @@ def entering_states(
 def summed_loss(lm: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, int]:
     """The LM's cross entropy over a batch, summed, in nats, and how many tokens it is over."""
     logits = lm(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
-    targets = inputs["labels" if "labels" in inputs else "input_ids"][:, 1:]
+    labels = inputs["labels" if "labels" in inputs else "input_ids"]
     if "labels" not in inputs and "attention_mask" in inputs:
-        targets = targets.masked_fill(inputs["attention_mask"][:, 1:] == 0, -100)
-    loss = sum(
-        nn.functional.cross_entropy(row[:-1].float(), target, ignore_index=-100, reduction="sum").item()
-        for row, target in zip(logits, targets, strict=True)
-    )
-    return loss, int((targets != -100).sum())
+        labels = labels.masked_fill(inputs["attention_mask"] == 0, IGNORE_INDEX)
+    loss_sums, token_counts = token_losses(logits, labels)
+    return float(loss_sums.sum()), int(token_counts.sum())
