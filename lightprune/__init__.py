@@ -10,19 +10,24 @@ from lightprune.plan import PruningPlan
 from lightprune.progress import PruningProgressBar
 from lightprune.random_state import RandomState
 from lightprune.recovery import Recovery
-from lightprune.regularizers import DifferencePenalty, GateAnnealing
+from lightprune.regularizers import DifferencePenalty, GateAnnealing, GroupNormPenalty, ProximalGroupLasso
 from lightprune.report import RunReport
 from lightprune.selectors import (
+    ActivationUnitSelector,
     BlockInfluenceSelector,
     GreedyPerplexitySelector,
     LayerGateSelector,
+    MagnitudeUnitSelector,
     PlanFromFile,
     RandomSelector,
+    RandomUnitSelector,
+    TaylorUnitSelector,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationUnitSelector",
     "Anatomy",
     "BlockInfluenceSelector",
     "CausalLM",
@@ -32,16 +37,21 @@ __all__ = [
     "Family",
     "GateAnnealing",
     "GreedyPerplexitySelector",
+    "GroupNormPenalty",
     "LayerGateSelector",
+    "MagnitudeUnitSelector",
     "Pipeline",
     "PlanFromFile",
+    "ProximalGroupLasso",
     "PruningPlan",
     "PruningProgressBar",
     "RandomSelector",
     "RandomState",
+    "RandomUnitSelector",
     "Recovery",
     "RunReport",
     "StructuredCut",
+    "TaylorUnitSelector",
     "anatomy_of",
     "export_hf",
 ]

@@ -5,6 +5,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from rich.console import Console, Group
 from rich.table import Table
 
+from lightprune.cut import StructuredCut
+from lightprune.cycle import expected_shapes
 from lightprune.errors import ConfigError
 from lightprune.export import card_of, check_target, export_hf, tokenizer_of
 from lightprune.host import find_causal_lm
@@ -24,6 +27,7 @@ from lightprune.random_state import RandomState
 from lightprune.regularizers.base import Regularizer
 from lightprune.report import RunReport
 from lightprune.selectors.base import Selector
+from lightprune.surgery import resulting_parameters
 
 # What reads or reshapes a model and trains nothing runs on any machine, whatever the config trains on.
 OFFLINE = {
@@ -160,7 +164,8 @@ def restore(pipeline: Pipeline, checkpoint: Mapping[str, Any], *, source: str) -
     for part in pipeline.parts:
         if part.state_key in checkpoint["callbacks"]:
             part.load_state_dict(checkpoint["callbacks"][part.state_key])
-    if pipeline.cut is None or pipeline.cut.plan is None:
+    plan = pipeline.executed
+    if plan is None:
         raise ConfigError(f"The checkpoint {source!r} holds an uncut model: name one that was saved after the cut.")
     path, lm = find_causal_lm(pipeline.module)
     prefix = f"{path}." if path else ""
@@ -171,30 +176,35 @@ def restore(pipeline: Pipeline, checkpoint: Mapping[str, Any], *, source: str) -
         raise ConfigError(
             f"The weights in {source!r} do not fit the model: use the configs of the run that wrote them."
         ) from error
-    return pipeline.cut.plan
+    return plan
 
 
 def forecast(pipeline: Pipeline) -> Group:
     """What a run would cut, for a terminal: shapes, changed fields of the model's config, timeline of steps."""
-    anatomy, selector = pipeline.anatomy, pipeline.selectors[0]
-    plan = selector.foresee()
-    # Which layers go does not matter for the shape: a family's layers are all alike.
-    shape = plan or PruningPlan.dropping(anatomy, selector.candidates[: selector.drop])
-    before, after = anatomy.num_parameters, shape.num_parameters(anatomy)
+    anatomy = pipeline.anatomy
+    source, *shapes = expected_shapes(pipeline.cycles, anatomy)
+    # Which units go does not matter for the counts: a family's layers are all alike.
+    plan = PruningPlan.arriving_at(anatomy, shapes[-1])
+    before, after = anatomy.num_parameters, resulting_parameters(anatomy, plan)
     table = Table("", title=f"{type(anatomy.lm).__name__}", title_justify="left")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    table.add_row("layers", str(anatomy.num_layers), str(len(shape.kept_layers)))
+    for name, count in asdict(source).items():
+        if name == "layers" or count != getattr(shapes[-1], name):
+            table.add_row(name, str(count), str(getattr(shapes[-1], name)))
     table.add_row("parameters", f"{before:,}", f"{after:,} ({after / before - 1:+.1%})")
-    old, new = anatomy.config.to_dict(), shape.config(anatomy).to_dict()
+    old, new = anatomy.config.to_dict(), plan.config(anatomy).to_dict()
     for name in (name for name in new if new[name] != old.get(name)):
         table.add_row(f"config.{name}", _brief(old.get(name)), _brief(new[name]))
-    dropped = (
-        f"{type(selector).__name__} decides at step {selector.stop} which {selector.drop} layers go."
-        if plan is None
-        else f"Layers that go: {', '.join(map(str, plan.dropped_layers))}."
-    )
-    return Group(table, dropped, _timeline(pipeline))
+    return Group(table, *map(_decision, pipeline.selectors), _timeline(pipeline))
+
+
+def _decision(selector: Selector) -> str:
+    """What a selector will take away, as far as that is known before training."""
+    plan = selector.foresee() if selector.cycle.index == 0 else None
+    if plan is None or "layers" not in plan.structures:
+        return f"{type(selector).__name__} decides about {', '.join(sorted(selector.structures))} at step {selector.stop}."
+    return f"Layers that go: {', '.join(map(str, plan.dropped_layers))}."
 
 
 def _timeline(pipeline: Pipeline) -> Table:
@@ -210,13 +220,15 @@ def _timeline(pipeline: Pipeline) -> Table:
 
 def _window(part: Part, pipeline: Pipeline) -> tuple[str, str]:
     """The optimizer steps at which a part begins and ends, as its settings tell them."""
-    assert pipeline.cut is not None
     if isinstance(part, Selector):
         return str(part.start), str(part.stop)
     if isinstance(part, Regularizer):
-        start = max(selector.stop for selector in pipeline.selectors) if part.start is None else part.start
-        return str(start), str(pipeline.cut.at if part.stop is None else part.stop)
-    return str(pipeline.cut.at), "" if part is pipeline.cut else "end"
+        windows = [part.window(cycle) for cycle in part.cycles()]
+        return ", ".join(str(start) for start, _ in windows), ", ".join(str(stop) for _, stop in windows)
+    if isinstance(part, StructuredCut):
+        return str(part.at), ""
+    assert pipeline.cut is not None
+    return str(pipeline.cut.at), "end"
 
 
 def _brief(value: Any) -> str:

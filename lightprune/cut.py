@@ -49,6 +49,10 @@ class StructuredCut(Part):
         self.seconds = 0.0
 
     @property
+    def begins(self) -> int:
+        return self.at
+
+    @property
     def done(self) -> bool:
         """Whether the model is cut."""
         return self.plan is not None
@@ -61,11 +65,17 @@ class StructuredCut(Part):
                 f"{type(averaging[0]).__name__} keeps a copy of the uncut model and would average different layers "
                 "after the cut: leave it out of trainer.callbacks, or average in a run of its own."
             )
-        if sum(part.stage is Stage.CUT for part in pipeline.parts) > 1:
-            raise ConfigError("There is more than one StructuredCut: leave one of them in trainer.callbacks.")
-        if not pipeline.selectors:
-            raise ConfigError("StructuredCut has nothing to cut: add a selector to trainer.callbacks.")
-        for selector in pipeline.selectors:
+        cycle = self.cycle
+        if sum(cut.at == self.at for cut in pipeline.cuts) > 1:
+            raise ConfigError(
+                f"There is more than one StructuredCut at step {self.at}: leave one of them in trainer.callbacks."
+            )
+        if not cycle.selectors:
+            raise ConfigError(
+                f"The StructuredCut at step {self.at} has nothing to cut: add a selector to trainer.callbacks"
+                + (" that starts after the cut before it." if cycle.index else ".")
+            )
+        for selector in cycle.selectors:
             if self.at < selector.stop:
                 raise ConfigError(
                     f"StructuredCut.at is {self.at}, before {type(selector).__name__} ends its selection at step "
@@ -78,14 +88,14 @@ class StructuredCut(Part):
             )
 
     def advance(self, step: int) -> None:
-        if not self.done and step >= self.at:
+        if not self.done and step >= self.at and self.cycle is self.pipeline.cycle:
             self._cut(step)
         # Once more after a resume from the checkpoint that this very validation saved.
         if step == self.step and "after" not in self.metrics:
             self._measure("after")
 
     def _cut(self, step: int) -> None:
-        plan = self.pipeline.plan
+        plan = self.cycle.plan
         assert plan is not None, "the timeline was checked: selection ends before the cut"
         self._measure("before")
         for part in self.pipeline.parts:
@@ -105,9 +115,9 @@ class StructuredCut(Part):
     def restructure(self, state: Mapping[str, Any]) -> None:
         plan = None if state["plan"] is None else PruningPlan.from_dict(state["plan"])
         anatomy = self.pipeline.anatomy
-        if plan is not None and anatomy.num_layers == plan.num_layers:
+        if plan is not None and anatomy.shape == plan.source:
             cut_model(anatomy, plan)
-        elif plan is None and self.plan is not None and anatomy.num_layers < self.plan.num_layers:
+        elif plan is None and self.plan is not None and anatomy.shape == self.plan.shape:
             raise ConfigError(
                 "The checkpoint was saved before the cut and this model is already cut: build it anew to load that."
             )

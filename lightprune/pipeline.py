@@ -12,6 +12,7 @@ same for automatic and manual optimization. `optimizer_step` is where weights ar
 
 from collections.abc import Callable, Mapping
 from enum import IntEnum
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -25,9 +26,12 @@ from transformers import PreTrainedModel
 
 from lightprune import strategies
 from lightprune.anatomy import Anatomy, anatomy_of
+from lightprune.cycle import Cycle, cycles_of, expected_shapes
 from lightprune.errors import ConfigError
+from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm
 from lightprune.plan import PruningPlan
+from lightprune.surgery import check_optimizer
 
 if TYPE_CHECKING:
     from lightprune.cut import StructuredCut
@@ -55,6 +59,21 @@ class Part(Callback):
     stage: ClassVar[Stage]
     pipeline: "Pipeline"
 
+    @property
+    def begins(self) -> int:
+        """The optimizer step at which this part begins to matter; orders the parts of one stage."""
+        return 0
+
+    @property
+    def state_key(self) -> str:
+        """A run may have several parts of a class, if they begin at different steps."""
+        return self._generate_state_key(begins=self.begins)
+
+    @property
+    def cycle(self) -> Cycle:
+        """The cycle of select, regularize and cut that this part belongs to: by default the one that the run is in."""
+        return self.pipeline.cycle_of(self)
+
     def check(self) -> None:
         """Refuse, with a ConfigError, settings that cannot work; the model is there, nothing is trained yet."""
 
@@ -67,6 +86,9 @@ class Part(Callback):
 
     def learn(self) -> None:
         """Step what this part optimizes by itself; called once per optimizer step, with gradients in place."""
+
+    def project(self) -> None:
+        """Change weights after an optimizer step that moved them; called once for each."""
 
     def restructure(self, state: Mapping[str, Any]) -> None:
         """Give the model the shape that it had when `state`, this part's, was saved; its weights load next."""
@@ -123,7 +145,8 @@ class Pipeline:
         self.trainer = trainer
         self.module = module
         self.fitting = stage == "fit"
-        self.parts = sorted(_parts_of(trainer), key=lambda part: part.stage)
+        self.parts = sorted(_parts_of(trainer), key=lambda part: (part.stage, part.begins))
+        self.cycles = cycles_of(self.selectors, self.cuts)
         self.anatomy: Anatomy
         self._held: list[nn.Parameter] = []
         self._unwrap: list[Callable[[], None]] = []
@@ -172,23 +195,44 @@ class Pipeline:
         return [cast("Selector", part) for part in self.parts if part.stage is Stage.SELECT]
 
     @property
+    def cuts(self) -> "list[StructuredCut]":
+        """The parts that execute plans, in the order of their steps."""
+        return [cast("StructuredCut", part) for part in self.parts if part.stage is Stage.CUT]
+
+    @property
     def cut(self) -> "StructuredCut | None":
-        """The part that executes the plan, if there is one."""
-        return next((cast("StructuredCut", part) for part in self.parts if part.stage is Stage.CUT), None)
+        """The last of the cuts, from which recovery counts, if there is any."""
+        return self.cuts[-1] if self.cuts else None
+
+    @property
+    def cycle(self) -> Cycle:
+        """The cycle that the run is in; after the last cut, the last one."""
+        return next((cycle for cycle in self.cycles if not cycle.done), self.cycles[-1])
+
+    def cycle_of(self, part: Part) -> Cycle:
+        """The cycle that a selector or a cut belongs to; for other parts, the one that the run is in."""
+        return next((c for c in self.cycles if part is c.cut or any(part is s for s in c.selectors)), self.cycle)
 
     @property
     def plan(self) -> PruningPlan | None:
-        """What is to be cut, once it is decided."""
-        return next((selector.plan for selector in self.selectors), None)
+        """What is to be cut next, or after the last cut what was cut there; None until it is decided."""
+        return self.cycle.plan
+
+    @property
+    def executed(self) -> PruningPlan | None:
+        """What all cuts so far have done, as one plan for the model that the run began with."""
+        plans = [cut.plan for cut in self.cuts if cut.plan is not None]
+        return reduce(PruningPlan.then, plans) if plans else None
 
     @property
     def phase(self) -> Phase:
-        """Where the run stands: selecting, transferring knowledge out of what goes, or recovering from the cut."""
-        if self.cut is not None and self.cut.done:
-            return "recover"
+        """Where the run stands: selecting, transferring knowledge out of what goes, or recovering from the last cut."""
+        cycle = self.cycle
         if not self.selectors:
             return "train"
-        return "select" if self.plan is None else "transfer"
+        if cycle.done or (cycle.index and self.step < min(selector.start for selector in cycle.selectors)):
+            return "recover"
+        return "select" if cycle.plan is None else "transfer"
 
     def status(self) -> Status:
         """The numbers that matter now, of all parts."""
@@ -208,8 +252,9 @@ class Pipeline:
 
     def hold_weights(self) -> None:
         """Let no weight of the module move, or cost a gradient, until `release_weights`."""
-        self._held = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        for parameter in self._held:
+        moving = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self._held += moving  # several parts may hold them
+        for parameter in moving:
             parameter.requires_grad_(False)
 
     def release_weights(self) -> None:
@@ -230,14 +275,15 @@ class Pipeline:
         self._check_freshness()
         self._check_length()
         self._check_clipping()
+        self._check_optimizers()
 
     def _check_freshness(self) -> None:
         """Refuse callbacks that have cut another model already: they would train this one and never cut it."""
-        cut = self.cut
-        if cut is not None and cut.plan is not None and self.anatomy.num_layers == cut.plan.num_layers:
+        executed = self.executed
+        if executed is not None and self.anatomy.shape == executed.source:
             raise ConfigError(
-                f"StructuredCut has cut a model already, and this one still has its {self.anatomy.num_layers} layers: "
-                "make new callbacks in trainer.callbacks for a new run, or resume from a checkpoint."
+                "StructuredCut has cut a model already, and this one is still whole: make new callbacks in "
+                "trainer.callbacks for a new run, or resume from a checkpoint."
             )
 
     def _check_length(self) -> None:
@@ -267,6 +313,16 @@ class Pipeline:
                 "`fused` to false, or trainer.gradient_clip_val to null."
             )
 
+    def _check_optimizers(self) -> None:
+        """Refuse optimizers whose state no cut in width could slice."""
+        if any(cycle.cut is not None and self._cuts_width(cycle) for cycle in self.cycles):
+            for optimizer in self.trainer.optimizers:
+                check_optimizer(optimizer)
+
+    @staticmethod
+    def _cuts_width(cycle: Cycle) -> bool:
+        return any(selector.structures - {"layers"} for selector in cycle.selectors)
+
     def attach(self) -> None:
         """Find the model and check every part against it; called once the module has built its layers."""
         _, lm = find_causal_lm(self.module)
@@ -284,16 +340,12 @@ class Pipeline:
             self._unwrap.pop()()
 
     def _check(self) -> None:
-        claimed: dict[str, Selector] = {}
-        for selector in self.selectors:
-            rival = claimed.setdefault(selector.structure, selector)
-            if rival is not selector:
-                raise ConfigError(
-                    f"{type(rival).__name__} and {type(selector).__name__} both select {selector.structure}: "
-                    "leave one of them in trainer.callbacks."
-                )
+        begun = any(cycle.done for cycle in self.cycles)  # then the shapes were checked when the run began
+        shapes = [] if begun else expected_shapes(self.cycles, self.anatomy)
         for part in self.parts:
             part.check()
+        for shape in shapes[1:]:
+            check_expressible(self.anatomy, PruningPlan.arriving_at(self.anatomy, shape))
 
     def _wrap_all(self) -> None:
         if self.fitting:
@@ -327,10 +379,23 @@ class Pipeline:
     def _load_checkpoint(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint = original(*args, **kwargs)
         states = checkpoint.get("callbacks", {})
+        self._check_resume(states)
         for part in self.parts:
             if part.state_key in states:
                 part.restructure(states[part.state_key])
         return checkpoint
+
+    def _check_resume(self, states: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of parts that began at other steps: their states would be passed over silently."""
+        ours = {part.state_key for part in self.parts}
+        for part in self.parts:
+            name = type(part).__qualname__
+            others = [key for key in states if key.startswith(name + "{") and key not in ours]
+            if part.state_key not in states and others:
+                raise ConfigError(
+                    f"The checkpoint was saved with {others[0]}, and this run has {part.state_key}: resume with the steps "
+                    f"that {name} had in the run that saved it."
+                )
 
     def _backward(
         self,
@@ -362,7 +427,10 @@ class Pipeline:
         **kwargs: Any,
     ) -> Any:
         if not self.weights_held:
-            return original(optimizer, closure, *args, **kwargs)
+            result = original(optimizer, closure, *args, **kwargs)
+            for part in self.parts:
+                part.project()
+            return result
         result = closure()
         for part in self.parts:
             part.learn()

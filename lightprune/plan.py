@@ -3,35 +3,96 @@
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from lightprune.anatomy import Anatomy
+from lightprune.anatomy import Anatomy, Shape, Structure, Unit
+from lightprune.anatomy.predicates import even_groups, nearest
 from lightprune.errors import ConfigError
 
 FORMAT_VERSION = 1
+
+Indices = tuple[int, ...]
+_KEPT = ("kept_layers", "kept_heads", "kept_channels", "kept_hidden")
 
 
 @dataclass(frozen=True)
 class PruningPlan:
     """The structures that a model keeps.
 
+    Indices are those of the model that the plan was made for, and ascend. Every layer keeps the same number of heads and
+    channels, though not the same ones. A key-value group stays as long as one of its query heads does.
+
     Attributes:
-        model_type: `config.model_type` of the model that the plan was made for.
-        num_layers: how many layers that model has.
-        hidden_size: its width, so that a plan is not mistaken for that of a sibling.
-        kept_layers: indices of the layers that stay, ascending.
-        provenance: how the plan came about (selector, its settings, its scores round by round); plain JSON values.
+        model_type: `config.model_type` of that model.
+        source: that model's counts.
+        kept_layers: the layers that stay.
+        kept_heads: for each layer of the source, the query heads that stay; None is all.
+        kept_channels: for each layer of the source, the MLP channels that stay; None is all.
+        kept_hidden: the hidden dimensions that stay; None is all.
+        provenance: how the plan came about (selectors, their settings and scores); plain JSON values.
     """
 
     model_type: str
-    num_layers: int
-    hidden_size: int
-    kept_layers: tuple[int, ...]
+    source: Shape
+    kept_layers: Indices
+    kept_heads: tuple[Indices, ...] | None = None
+    kept_channels: tuple[Indices, ...] | None = None
+    kept_hidden: Indices | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        anatomy: Anatomy,
+        *,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[Sequence[int]] | None = None,
+        channels: Sequence[Sequence[int]] | None = None,
+        hidden: Sequence[int] | None = None,
+        **provenance: Any,
+    ) -> "PruningPlan":
+        """The plan that keeps these units of the model that `anatomy` describes, and all of what is left out.
+
+        Nothing is checked: what one selector decides may be possible only together with what another does.
+        """
+        return cls(
+            model_type=anatomy.model_type,
+            source=anatomy.shape,
+            kept_layers=_ascending(range(anatomy.num_layers) if layers is None else layers),
+            kept_heads=_per_layer(heads),
+            kept_channels=_per_layer(channels),
+            kept_hidden=None if hidden is None else _ascending(hidden),
+            provenance=provenance,
+        )
+
+    @classmethod
+    def keeping(cls, anatomy: Anatomy, **kept: Any) -> "PruningPlan":
+        """The same as `of`, checked.
+
+        Raises:
+            ConfigError: the model has no such units, or no model of its class could have what is left.
+        """
+        plan = cls.of(anatomy, **kept)
+        plan.validate(anatomy)
+        return plan
+
+    @classmethod
+    def arriving_at(cls, anatomy: Anatomy, target: Shape) -> "PruningPlan":
+        """A plan that ends in the counts `target`; it keeps the first units of everything. Nothing is checked."""
+        source = anatomy.shape
+        per_group = target.heads_per_group
+        heads = [group * source.heads_per_group + i for group in range(target.kv_groups) for i in range(per_group)]
+        return cls.of(
+            anatomy,
+            layers=range(target.layers),
+            heads=None if (source.heads, source.kv_groups) == (target.heads, target.kv_groups) else [heads] * source.layers,
+            channels=None if source.channels == target.channels else [range(target.channels)] * source.layers,
+            hidden=None if source.hidden == target.hidden else range(target.hidden),
+        )
 
     @classmethod
     def dropping(cls, anatomy: Anatomy, layers: Sequence[int], **provenance: Any) -> "PruningPlan":
@@ -45,43 +106,183 @@ class PruningPlan:
             raise ConfigError(
                 f"Layers {unknown} cannot be dropped: the model's layers are 0 to {anatomy.num_layers - 1}."
             )
-        plan = cls(
-            model_type=anatomy.model_type,
-            num_layers=anatomy.num_layers,
-            hidden_size=anatomy.config.hidden_size,
-            kept_layers=tuple(i for i in range(anatomy.num_layers) if i not in set(layers)),
-            provenance=provenance,
-        )
-        plan.validate(anatomy)
-        return plan
+        kept = [index for index in range(anatomy.num_layers) if index not in set(layers)]
+        return cls.keeping(anatomy, layers=kept, **provenance)
 
     @property
-    def dropped_layers(self) -> tuple[int, ...]:
-        """Indices of the layers that go, ascending."""
-        return tuple(i for i in range(self.num_layers) if i not in self.kept_layers)
+    def dropped_layers(self) -> Indices:
+        """The layers that go."""
+        return tuple(i for i in range(self.source.layers) if i not in self.kept_layers)
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """The structures that the plan removes something of."""
+        source, result = self.source, self.shape
+        names: tuple[Structure, ...] = ("layers", "heads", "kv_groups", "channels", "hidden")
+        return tuple(name for name in names if result.count(name) < source.count(name))
+
+    @property
+    def shape(self) -> Shape:
+        """The counts of the cut model."""
+        first = self.kept_layers[0] if self.kept_layers else 0
+        return replace(
+            self.source,
+            layers=len(self.kept_layers),
+            hidden=len(self.kept("hidden", first)),
+            heads=len(self.kept("heads", first)),
+            kv_groups=len(self.kept("kv_groups", first)),
+            channels=len(self.kept("channels", first)),
+        )
+
+    def kept(self, unit: Unit, layer: int) -> Sequence[int]:
+        """The units of a structure that layer `layer` of the source keeps; hidden dimensions are every layer's."""
+        if unit == "kv_groups":
+            return sorted({head // self.source.heads_per_group for head in self.kept("heads", layer)})
+        if unit == "hidden":
+            chosen = self.kept_hidden
+        else:
+            of_layers = self.kept_heads if unit == "heads" else self.kept_channels
+            chosen = None if of_layers is None else of_layers[layer]
+        return range(self.source.count(unit)) if chosen is None else chosen
+
+    def removed(self, unit: Unit, layer: int) -> list[int]:
+        """The units of a structure that layer `layer` of the source loses."""
+        kept = set(self.kept(unit, layer))
+        return [index for index in range(self.source.count(unit)) if index not in kept]
+
+    def merged(self, other: "PruningPlan") -> "PruningPlan":
+        """What this plan and another for the same model both keep; provenances are kept apart."""
+        assert (self.model_type, self.source) == (other.model_type, other.source)
+
+        def both(unit: Unit, layer: int) -> Indices:
+            theirs = set(other.kept(unit, layer))
+            return tuple(index for index in self.kept(unit, layer) if index in theirs)
+
+        def any_chosen(name: str) -> bool:
+            return getattr(self, name) is not None or getattr(other, name) is not None
+
+        layers = range(self.source.layers)
+        parts = [*self.provenance.get("parts", [dict(self.provenance)]), dict(other.provenance)]
+        return replace(
+            self,
+            kept_layers=tuple(layer for layer in self.kept_layers if layer in other.kept_layers),
+            kept_heads=tuple(both("heads", layer) for layer in layers) if any_chosen("kept_heads") else None,
+            kept_channels=tuple(both("channels", layer) for layer in layers) if any_chosen("kept_channels") else None,
+            kept_hidden=both("hidden", 0) if any_chosen("kept_hidden") else None,
+            provenance={"parts": parts},
+        )
+
+    def then(self, later: "PruningPlan") -> "PruningPlan":
+        """This plan and one for the model that it leaves, as a single plan for this one's source."""
+        assert later.source == self.shape
+        new_index = {old: new for new, old in enumerate(self.kept_layers)}
+
+        def of_layer(unit: Unit, layer: int) -> Indices:
+            kept = self.kept(unit, layer)
+            # A layer that is gone by then keeps as many as the others.
+            return tuple(kept[i] for i in later.kept(unit, new_index.get(layer, 0)))
+
+        structures = {*self.structures, *later.structures}
+        layers = range(self.source.layers)
+        return replace(
+            self,
+            kept_layers=tuple(self.kept_layers[i] for i in later.kept_layers),
+            kept_heads=tuple(of_layer("heads", i) for i in layers) if "heads" in structures else None,
+            kept_channels=tuple(of_layer("channels", i) for i in layers) if "channels" in structures else None,
+            kept_hidden=of_layer("hidden", self.kept_layers[0]) if "hidden" in structures else None,
+            provenance={"cuts": [*self.provenance.get("cuts", [dict(self.provenance)]), dict(later.provenance)]},
+        )
 
     def validate(self, anatomy: Anatomy) -> None:
         """Check the plan against an uncut model.
 
         Raises:
-            ConfigError: the plan was made for another model, or its `kept_layers` are impossible.
+            ConfigError: the plan was made for another model, its indices are impossible, or the model's class cannot
+                express the result.
         """
-        for name, ours, theirs in (
-            ("model_type", self.model_type, anatomy.model_type),
-            ("num_layers", self.num_layers, anatomy.num_layers),
-            ("hidden_size", self.hidden_size, anatomy.config.hidden_size),
-        ):
-            if ours != theirs:
+        self._check_model(anatomy)
+        self._check_indices("kept_layers", self.kept_layers, self.source.layers)
+        for name, count in (("kept_heads", self.source.heads), ("kept_channels", self.source.channels)):
+            self._check_per_layer(name, count)
+        if self.kept_hidden is not None:
+            self._check_indices("kept_hidden", self.kept_hidden, self.source.hidden)
+        self._check_groups()
+        impossible = sorted(set(self.structures) - anatomy.family.structures - {"kv_groups"})
+        if impossible:
+            raise ConfigError(
+                f"{anatomy.model_type} can be pruned in {', '.join(sorted(anatomy.family.structures))}, and the plan "
+                f"removes {', '.join(impossible)}: leave that out of the plan."
+            )
+        problems = anatomy.family.problems(self.shape, anatomy.config)
+        if problems and self.shape != self.source:
+            options = nearest(self.shape, self.source, lambda shape: not anatomy.family.problems(shape, anatomy.config))
+            listed = " or ".join(f"{option.heads} heads with {option.hidden} hidden dimensions" for option in options)
+            raise ConfigError(
+                f"The plan cannot be exported: {'; '.join(problems)} (nearest: {listed}); change the counts to keep."
+            )
+
+    def _check_model(self, anatomy: Anatomy) -> None:
+        ours = {"model_type": self.model_type, **asdict(self.source)}
+        theirs = {"model_type": anatomy.model_type, **asdict(anatomy.shape)}
+        for name, value in ours.items():
+            if value != theirs[name]:
                 raise ConfigError(
-                    f"The plan was made for another model: its `{name}` is {ours!r}, the model's is {theirs!r}; "
+                    f"The plan was made for another model: its `{name}` is {value!r}, the model's is {theirs[name]!r}; "
                     "choose the plan or the model that belongs to the other."
                 )
-        kept = self.kept_layers
-        if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= self.num_layers:
+
+    def _check_indices(self, name: str, kept: Indices, count: int) -> None:
+        if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
             raise ConfigError(
-                f"The plan's `kept_layers` are {list(kept)}: they must be at least one distinct index from 0 to "
-                f"{self.num_layers - 1}, ascending."
+                f"The plan's `{name}` are {_shortened(kept)}: they must be at least one distinct index from 0 to "
+                f"{count - 1}, ascending."
             )
+
+    def _check_per_layer(self, name: str, count: int) -> None:
+        of_layers: tuple[Indices, ...] | None = getattr(self, name)
+        if of_layers is None:
+            return
+        if len(of_layers) != self.source.layers:
+            raise ConfigError(
+                f"The plan's `{name}` has {len(of_layers)} entries: it must have one for each of the model's "
+                f"{self.source.layers} layers."
+            )
+        for layer, kept in enumerate(of_layers):
+            if not kept:
+                part = "attention" if name == "kept_heads" else "MLP"
+                raise ConfigError(
+                    f"The plan's `{name}[{layer}]` is empty: no stock class has a layer without its {part}, so keep at "
+                    "least one, or drop the whole layer."
+                )
+            self._check_indices(f"{name}[{layer}]", kept, count)
+        counts = sorted({len(kept) for kept in of_layers})
+        if len(counts) > 1:
+            raise ConfigError(
+                f"The plan's `{name}` have from {counts[0]} to {counts[-1]} entries a layer: every layer of a stock "
+                "model has the same count, so keep as many in each."
+            )
+
+    def _check_groups(self) -> None:
+        """Every layer must keep as many key-value groups, and every group as many query heads."""
+        if self.kept_heads is None:
+            return
+        groups = {len(self.kept("kv_groups", layer)) for layer in range(self.source.layers)}
+        if len(groups) > 1:
+            raise ConfigError(
+                f"The plan's `kept_heads` keep from {min(groups)} to {max(groups)} key-value groups a layer: every layer "
+                "of a stock model has the same count, so keep as many groups in each."
+            )
+        for layer, heads in enumerate(self.kept_heads):
+            of_group = [head // self.source.heads_per_group for head in heads]
+            sizes = {of_group.count(group) for group in of_group}
+            if len(sizes) > 1:
+                uneven = even_groups(len(heads), min(groups)) or (
+                    f"its groups keep from {min(sizes)} to {max(sizes)} query heads"
+                )
+                raise ConfigError(
+                    f"The plan's `kept_heads[{layer}]` are {_shortened(heads)}: {uneven}; every key-value head must serve "
+                    "the same number of query heads."
+                )
 
     def config(self, anatomy: Anatomy) -> PretrainedConfig:
         """The Hugging Face config of the cut model, as a new object.
@@ -92,18 +293,14 @@ class PruningPlan:
         apply_to_config(config, self, anatomy)
         return config
 
-    def num_parameters(self, anatomy: Anatomy) -> int:
-        """How many parameters the model that `anatomy` describes has once the plan is executed on it."""
-        return anatomy.num_parameters - sum(anatomy.parameters_of_layer(i) for i in self.dropped_layers)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
+        kept = {name: getattr(self, name) for name in _KEPT}
         return {
             "format": FORMAT_VERSION,
             "model_type": self.model_type,
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "kept_layers": list(self.kept_layers),
+            "source": asdict(self.source),
+            **{name: _listed(value) for name, value in kept.items()},
             "provenance": dict(self.provenance),
         }
 
@@ -114,7 +311,7 @@ class PruningPlan:
         Raises:
             ConfigError: a field is missing or unknown, of the wrong type, or of another format version.
         """
-        expected = {"format", "model_type", "num_layers", "hidden_size", "kept_layers", "provenance"}
+        expected = {"format", *(entry.name for entry in fields(cls))}
         if not isinstance(values, Mapping) or set(values) != expected:
             found = sorted(values) if isinstance(values, Mapping) else type(values).__name__
             raise ConfigError(f"A pruning plan has exactly the fields {sorted(expected)}; this one has {found}.")
@@ -122,18 +319,22 @@ class PruningPlan:
             raise ConfigError(
                 f"The pruning plan's `format` is {values['format']!r}; this version reads {FORMAT_VERSION}."
             )
-        kept = values["kept_layers"]
-        counts = (values["num_layers"], values["hidden_size"])
-        if not isinstance(kept, list) or not all(type(number) is int for number in (*kept, *counts)):
+        for name, kind, means in (("model_type", str, "a string"), ("provenance", Mapping, "an object")):
+            if not isinstance(values[name], kind):
+                raise ConfigError(f"The pruning plan's `{name}` must be {means}; it is {values[name]!r}.")
+        counts = {entry.name for entry in fields(Shape)}
+        source = values["source"]
+        if not isinstance(source, Mapping) or set(source) != counts or not all(map(_is_count, source.values())):
             raise ConfigError(
-                "The pruning plan's `num_layers` and `hidden_size` must be whole numbers and its `kept_layers` a list "
-                f"of them; they are {counts[0]!r}, {counts[1]!r} and {kept!r}."
+                f"The pruning plan's `source` must state whole numbers above 0 for {sorted(counts)}; it is {source!r}."
             )
         return cls(
             model_type=values["model_type"],
-            num_layers=values["num_layers"],
-            hidden_size=values["hidden_size"],
-            kept_layers=tuple(kept),
+            source=Shape(**source),
+            kept_layers=_indices("kept_layers", values["kept_layers"]),
+            kept_heads=_indices_per_layer("kept_heads", values["kept_heads"]),
+            kept_channels=_indices_per_layer("kept_channels", values["kept_channels"]),
+            kept_hidden=None if values["kept_hidden"] is None else _indices("kept_hidden", values["kept_hidden"]),
             provenance=dict(values["provenance"]),
         )
 
@@ -172,8 +373,61 @@ class PruningPlan:
 
 def apply_to_config(config: PretrainedConfig, plan: PruningPlan, anatomy: Anatomy) -> None:
     """Make a config state the plan's counts, in place: the model's modules share one config object."""
-    for name in anatomy.family.per_layer_fields:
-        entries = getattr(config, name, None)
-        if entries is not None and len(entries) == plan.num_layers:
-            setattr(config, name, [entries[i] for i in plan.kept_layers])
-    setattr(config, anatomy.family.depth_field, len(plan.kept_layers))
+    family, shape = anatomy.family, plan.shape
+    if config.num_hidden_layers == plan.source.layers:  # else these speak of the kept layers already
+        for name in family.per_layer_fields:
+            entries = getattr(config, name, None)
+            if entries is not None:
+                setattr(config, name, [entries[i] for i in plan.kept_layers])
+        family.configure(config, plan)
+    config.num_hidden_layers = shape.layers
+    if {"heads", "hidden", "channels"} & set(plan.structures):
+        config.hidden_size = shape.hidden
+        config.num_attention_heads = shape.heads
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = shape.kv_groups
+        if family.head_dim_field is not None:
+            setattr(config, family.head_dim_field, shape.head_dim)
+        if "channels" in family.structures:
+            setattr(config, family.channels_field, shape.channels)
+        if getattr(config, "word_embed_proj_dim", None) == plan.source.hidden:
+            config.word_embed_proj_dim = shape.hidden
+
+
+def _ascending(kept: Sequence[int]) -> Indices:
+    return tuple(sorted(int(index) for index in kept))  # `int`: NumPy's integers are no JSON
+
+
+def _per_layer(kept: Sequence[Sequence[int]] | None) -> tuple[Indices, ...] | None:
+    return None if kept is None else tuple(_ascending(entry) for entry in kept)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value > 0
+
+
+def _indices(name: str, values: Any) -> Indices:
+    if not isinstance(values, list) or not all(map(_is_whole, values)):
+        raise ConfigError(f"The pruning plan's `{name}` must be a list of whole numbers; it is {_shortened(values)}.")
+    return tuple(values)
+
+
+def _indices_per_layer(name: str, values: Any) -> tuple[Indices, ...] | None:
+    if values is None:
+        return None
+    if not isinstance(values, list):
+        raise ConfigError(f"The pruning plan's `{name}` must be null or a list of lists; it is {_shortened(values)}.")
+    return tuple(_indices(f"{name}[{layer}]", entry) for layer, entry in enumerate(values))
+
+
+def _listed(kept: Any) -> Any:
+    return [_listed(entry) for entry in kept] if isinstance(kept, tuple) else kept
+
+
+def _shortened(values: Any) -> str:
+    text = str(list(values) if isinstance(values, tuple) else values)
+    return text if len(text) <= 80 else text[:60] + " ... " + text[-15:]

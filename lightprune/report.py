@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +28,6 @@ from lightprune.pipeline import Pipeline
 Metrics = dict[str, float]
 
 # The moments at which a run is validated, in order, and how the table heads their columns.
-MOMENTS = {"start": "start", "before_cut": "before the cut", "after_cut": "after the cut", "end": "end"}
 PHASES = ("select", "transfer", "recover", "train", "validation")
 PACKAGES = ("lightprune", "torch", "lightning", "transformers", "datasets")
 
@@ -35,7 +35,7 @@ PACKAGES = ("lightprune", "torch", "lightning", "transformers", "datasets")
 class RunReport(FinishingCallback):
     """Writes `summary.json` to the trainer's `default_root_dir` and prints its tables when training ends.
 
-    It holds the layers and parameters before and after, the validation metrics at the start, just before the
+    It holds the model's counts before and after, the validation metrics at the start, just before each
     cut, just after it and at the end, the training tokens and the wall time of every phase, the seed and the
     versions, and the pruning plan. Whatever a module logs in validation is reported under its own names. In a run
     without pruning callbacks, without validation data or without a Hugging Face model, what cannot be known is left
@@ -146,21 +146,23 @@ class RunReport(FinishingCallback):
 
     def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, tokens: Mapping[str, int]) -> dict[str, Any]:
         pipeline = Pipeline.of(trainer)
-        cut = None if pipeline is None or pipeline.cut is None or not pipeline.cut.done else pipeline.cut
-        plan = None if pipeline is None else pipeline.plan
-        metrics = dict(self._metrics)
-        if cut is not None:
-            metrics |= {f"{when}_cut": values for when, values in cut.metrics.items()}
+        cuts = [] if pipeline is None else [cut for cut in pipeline.cuts if cut.done]
+        plan = None if pipeline is None else pipeline.executed
+        metrics = {"start": self._metrics.get("start")}
+        for number, cut in enumerate(cuts, start=1):
+            name = "cut" if len(cuts) == 1 else f"cut_{number}"
+            metrics |= {f"{moment}_{name}": values for moment, values in cut.metrics.items()}
+        metrics["end"] = self._metrics.get("end")
         after = _size(trainer, _language_model(trainer, module))
         seed = os.environ.get("PL_GLOBAL_SEED")
         return {
             "before": self._before,
             "after": after,
-            "dropped_layers": None if cut is None or plan is None else list(plan.dropped_layers),
+            "dropped_layers": None if plan is None else list(plan.dropped_layers),
             "plan": None if plan is None else plan.to_dict(),
-            "cut_step": None if cut is None else cut.step,
+            "cut_steps": [cut.step for cut in cuts],
             "steps": trainer.global_step,
-            "metrics": {moment: metrics[moment] for moment in MOMENTS if metrics.get(moment)},
+            "metrics": {moment: values for moment, values in metrics.items() if values},
             "phases": {
                 phase: {"tokens": tokens.get(phase, 0), "seconds": round(self._seconds[phase], 3)}
                 for phase in PHASES
@@ -193,10 +195,11 @@ def write_summary(summary: Mapping[str, Any], directory: Path) -> Path:
 def summary_tables(summary: Mapping[str, Any]) -> Group:
     """What a summary says, for a terminal: sizes, metrics (only perplexities if there are any), phases."""
     before, after, dropped = summary["before"], summary["after"], summary["dropped_layers"]
+    told = [name for name in before if before[name] != after[name] or name in ("layers", "parameters")]
     size = Table(title="Model", title_justify="left")
     for heading in ("", "before", "after"):
         size.add_column(heading, justify="left" if not heading else "right")
-    for name in before:
+    for name in told:
         size.add_row(name, f"{before[name]:,}", f"{after[name]:,}")
     tables = [size]
     if summary["metrics"]:
@@ -209,7 +212,8 @@ def summary_tables(summary: Mapping[str, Any]) -> Group:
     tables.append(phases)
     if dropped is None:
         return Group(*tables)
-    return Group(*tables, f"Layers dropped at step {summary['cut_step']}: {', '.join(map(str, dropped))}")
+    layers = f"; layers dropped: {', '.join(map(str, dropped))}" if dropped else ""
+    return Group(*tables, f"Cut at step {', '.join(map(str, summary['cut_steps']))}{layers}")
 
 
 def versions() -> dict[str, str]:
@@ -227,7 +231,7 @@ def _metric_table(metrics: Mapping[str, Metrics]) -> Table:
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     table = Table("validation", title="Metrics", title_justify="left")
     for moment in metrics:
-        table.add_column(MOMENTS[moment], justify="right")
+        table.add_column(moment.replace("_cut", " the cut").replace("cut_", "cut "), justify="right")
     for name in [name for name in names if "ppl" in name] or names:
         table.add_row(name, *(f"{v[name]:,.4g}" if name in v else "" for v in metrics.values()))
     return table
@@ -250,10 +254,10 @@ def _phase(trainer: pl.Trainer) -> str:
 
 
 def _size(trainer: pl.Trainer, model: nn.Module) -> dict[str, int]:
-    """Layers, where the anatomy is known, and parameters."""
+    """The counts that make up the model, where the anatomy is known, and its parameters."""
     pipeline = Pipeline.of(trainer)
-    layers = {} if pipeline is None else {"layers": pipeline.anatomy.num_layers}
-    return {**layers, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    counts = {} if pipeline is None else asdict(pipeline.anatomy.shape)
+    return {**counts, "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
 def _validate(trainer: pl.Trainer) -> Metrics:

@@ -24,7 +24,7 @@ from lightprune import (
     Recovery,
     StructuredCut,
 )
-from lightprune.anatomy import anatomy_of
+from lightprune.anatomy import Shape, anatomy_of
 from tests.families import tiny_lm
 from tests.training import Plain, assert_equal, batches, fit, trainer_for, weights
 
@@ -182,8 +182,22 @@ CASES: dict[str, tuple[Callable[[], NoStep], Callable[[], list[Callback]], dict[
         {},
         r"RandomSelector and BlockInfluenceSelector both select layers",
     ),
-    "two cuts": (
-        NoStep, lambda: [RandomSelector(drop=1), StructuredCut(at=4), AnotherCut(at=5)], {}, r"more than one",
+    "two cuts at once": (
+        NoStep, lambda: [RandomSelector(drop=1), StructuredCut(at=4), AnotherCut(at=4)], {}, r"more than one.* at step 4",
+    ),
+    "a second cut without a selector": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), StructuredCut(at=4), StructuredCut(at=5)],
+        {},
+        r"at step 5 has nothing to cut.* starts after the cut before",
+    ),
+    "more layers than the first cut leaves": (
+        NoStep,
+        lambda: [
+            RandomSelector(drop=4), StructuredCut(at=2), RandomSelector(drop=2, start=3), StructuredCut(at=4),
+        ],
+        {},
+        r"drop is 2: the model has 2 layers.*from 1 to 1",
     ),
     "max_steps before the cut": (
         NoStep,
@@ -252,7 +266,10 @@ def test_refused_before_the_first_step(name: str) -> None:
 
 
 def plan_file(path: Any, **changes: Any) -> str:
-    values = PruningPlan.dropping(anatomy_of(tiny_lm()), [1]).to_dict() | changes
+    values = PruningPlan.dropping(anatomy_of(tiny_lm()), [1]).to_dict()
+    counts = {name: value for name, value in changes.items() if name in values["source"]}
+    values |= {name: value for name, value in changes.items() if name not in counts}
+    values["source"] |= counts
     PruningPlan.from_dict(values).save(path)
     return str(path)
 
@@ -261,8 +278,8 @@ def plan_file(path: Any, **changes: Any) -> str:
     ("changes", "message"),
     [
         ({"model_type": "opt"}, r"another model.*`model_type` is 'opt'.*'llama'"),
-        ({"num_layers": 8}, r"another model.*`num_layers` is 8.*6"),
-        ({"hidden_size": 48}, r"another model.*`hidden_size` is 48.*32"),
+        ({"layers": 8}, r"another model.*`layers` is 8.*6"),
+        ({"hidden": 48}, r"another model.*`hidden` is 48.*32"),
         ({"kept_layers": []}, r"`kept_layers` are \[\]"),
         ({"kept_layers": [0, 6]}, r"from 0 to 5"),
         ({"kept_layers": [-1, 2]}, r"from 0 to 5"),
@@ -279,7 +296,7 @@ def test_a_plan_for_another_model(changes: dict[str, Any], message: str, tmp_pat
 
 
 def json_plan(**changes: Any) -> str:
-    return json.dumps(PruningPlan("llama", 6, 32, (0, 1)).to_dict() | changes)
+    return json.dumps(PruningPlan("llama", Shape(6, 32, 4, 2, 8, 48), (0, 1)).to_dict() | changes)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +310,9 @@ def json_plan(**changes: Any) -> str:
         (json_plan(format=9), "`format` is 9"),
         (json_plan(kept_layers=[0.5]), "whole numbers"),
         (json_plan(kept_layers=3), "whole numbers"),
-        (json_plan(num_layers="6"), "whole numbers"),
+        (json_plan(source={"layers": "6"}), "whole numbers"),
+        (json_plan(kept_heads=[0]), "whole numbers"),
+        (json_plan(kept_channels="all"), "null or a list of lists"),
     ],
 )
 def test_a_file_that_is_no_plan(text: str | None, message: str, tmp_path: Any) -> None:
@@ -356,7 +375,7 @@ def test_callbacks_that_have_cut_another_model() -> None:
     parts = [RandomSelector(drop=2), StructuredCut(at=1, validate=False)]
     fit(Plain(), parts, batches(1), max_steps=1)
     fresh = NoStep()
-    with pytest.raises(ConfigError, match=r"has cut a model already.* still has its 6 layers.*new callbacks"):
+    with pytest.raises(ConfigError, match=r"has cut a model already.* still whole.*new callbacks"):
         fit(fresh, parts, batches(2), max_steps=2)
     assert len(anatomy_of(fresh.lm).layers) == 6
 

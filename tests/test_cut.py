@@ -143,7 +143,7 @@ def test_state_is_plain(tmp_path: Any) -> None:
         trainer = fit(Plain(lm), [selector, cut], batches(4), max_steps=2 if at == 2 else 4)
         trainer.save_checkpoint(tmp_path / "some.ckpt")
         saved = torch.load(tmp_path / "some.ckpt", weights_only=True)["callbacks"]
-        assert saved["StructuredCut"]["plan"]["kept_layers"] == [1, 2, 3, 5]
+        assert saved[cut.state_key]["plan"]["kept_layers"] == [1, 2, 3, 5]
 
 
 def test_phases(tmp_path: Any) -> None:
@@ -198,5 +198,5 @@ def test_the_checkpoint_of_the_cuts_step_holds_the_cut_model(tmp_path: Any) -> N
         checkpoint = torch.load(path, weights_only=True)
         names = [name for name in checkpoint["state_dict"] if name.endswith("down_proj.weight")]
         layers[path.name] = len(names)
-        assert (checkpoint["callbacks"]["StructuredCut"]["plan"] is not None) == (len(names) == 4)
+        assert (checkpoint["callbacks"][StructuredCut(at=3).state_key]["plan"] is not None) == (len(names) == 4)
     assert layers == {"step=2.ckpt": 6, "step=3.ckpt": 4, "step=4.ckpt": 4, "step=6.ckpt": 4}

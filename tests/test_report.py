@@ -79,18 +79,19 @@ def test_counts_of_a_run_with_a_cut(tmp_path: Path, capsys: pytest.CaptureFixtur
     trainer(tmp_path, RandomSelector(drop=2), cut, RunReport()).fit(module)
 
     found = summary(tmp_path)
-    assert found["before"] == {"layers": 4, "parameters": before}
-    assert found["after"] == {"layers": 2, "parameters": before - 2 * layer}
+    counts = {"layers": 4, "hidden": 8, "heads": 2, "kv_groups": 2, "head_dim": 4, "channels": 16}
+    assert found["before"] == counts | {"parameters": before}
+    assert found["after"] == counts | {"layers": 2, "parameters": before - 2 * layer}
     assert found["dropped_layers"] == list(cut.plan.dropped_layers)
     assert PruningPlan.from_dict(found["plan"]) == cut.plan
-    assert (found["cut_step"], found["steps"]) == (4, BATCHES)
+    assert (found["cut_steps"], found["steps"]) == ([4], BATCHES)
     tokens = {phase: cost["tokens"] for phase, cost in found["phases"].items()}
     per_step = BATCH * (LENGTH - PADDING)
     assert tokens == {"transfer": 4 * per_step, "recover": 2 * per_step, "validation": 0}
     assert all(cost["seconds"] > 0 for cost in found["phases"].values())
     assert list(found["metrics"]) == ["start", "before_cut", "after_cut", "end"]
     assert found["metrics"]["after_cut"] == cut.metrics["after"]
-    assert "Layers dropped at step 4" in capsys.readouterr().out
+    assert "Cut at step 4; layers dropped" in capsys.readouterr().out
 
 
 def test_metrics_are_those_of_the_moment(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_resume_goes_on_counting(tmp_path: Path) -> None:
     expected, found = summary(once), summary(twice)
     for phase in ("transfer", "recover"):
         assert found["phases"][phase]["tokens"] == expected["phases"][phase]["tokens"]
-    for key in ("before", "after", "dropped_layers", "cut_step"):
+    for key in ("before", "after", "dropped_layers", "cut_steps"):
         assert found[key] == expected[key]
     for moment in ("start", "before_cut", "after_cut"):
         assert found["metrics"][moment] == expected["metrics"][moment]

@@ -1,16 +1,33 @@
-"""Anatomy: where layers lie in each supported family. A new family is one small file and one entry here."""
+"""Anatomy: where the parts of each supported family lie. A new family is one small file and one entry here."""
 
 from transformers import PreTrainedModel
 
-from lightprune.anatomy.base import Anatomy, Family
+from lightprune.anatomy.axes import STRUCTURES, UNITS, Shape, Structure, Unit
+from lightprune.anatomy.base import Anatomy, Family, Weight
+from lightprune.anatomy.gemma import GEMMA2, GEMMA3
 from lightprune.anatomy.gpt2 import GPT2
 from lightprune.anatomy.gpt_neox import GPT_NEOX
 from lightprune.anatomy.llama import LLAMA
+from lightprune.anatomy.mixture import MIXTRAL, QWEN3_MOE
+from lightprune.anatomy.olmo2 import OLMO2
 from lightprune.anatomy.opt import OPT
 from lightprune.anatomy.phi import PHI
+from lightprune.anatomy.phi3 import PHI3
 from lightprune.errors import ConfigError
 
-FAMILIES: tuple[Family, ...] = (LLAMA, OPT, PHI, GPT2, GPT_NEOX)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPT_NEOX,
+    MIXTRAL,
+    OLMO2,
+    OPT,
+    PHI,
+    PHI3,
+    QWEN3_MOE,
+)
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 
@@ -27,7 +44,19 @@ def anatomy_of(lm: PreTrainedModel) -> Anatomy:
             f"lightprune does not know the model family {model_type!r} of {type(lm).__name__} (known: {known}): "
             "choose a model of a known family in `model`, or declare this one in lightprune/anatomy."
         )
-    return Anatomy(family=_BY_MODEL_TYPE[model_type], lm=lm)
+    family = _BY_MODEL_TYPE[model_type]
+    return Anatomy(family=family if family.variant is None else family.variant(lm.config), lm=lm)
 
 
-__all__ = ["FAMILIES", "Anatomy", "Family", "anatomy_of"]
+__all__ = [
+    "FAMILIES",
+    "STRUCTURES",
+    "UNITS",
+    "Anatomy",
+    "Family",
+    "Shape",
+    "Structure",
+    "Unit",
+    "Weight",
+    "anatomy_of",
+]

@@ -1,35 +1,157 @@
 """Where the parts of a causal LM lie: a family's declaration, and that declaration bound to one model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lightprune.anatomy.axes import HIDDEN, Axis, Shape, Structure
+
+if TYPE_CHECKING:
+    from lightprune.plan import PruningPlan
+
+Axes = tuple[Axis | None, ...]
+# What a predicate finds wrong with a shape, in words, or None.
+Predicate = Callable[[Shape, PretrainedConfig], str | None]
+
+# What modules keep of a model's counts beside their weights, under the names that transformers gives them.
+STATED_COUNTS: Mapping[str, Callable[[Shape], int]] = {
+    "embed_dim": lambda shape: shape.hidden,
+    "hidden_size": lambda shape: shape.hidden,
+    "intermediate_size": lambda shape: shape.channels,
+    "num_heads": lambda shape: shape.heads,
+    "num_key_value_groups": lambda shape: shape.heads_per_group,
+    "num_key_value_heads": lambda shape: shape.kv_groups,
+    "split_size": lambda shape: shape.hidden,
+}
 
 
 def _unchanged(layer: nn.Module, old: int, new: int) -> None:
     """Most families' layers do not depend on their own index beyond `layer_idx`."""
 
 
-@dataclass(frozen=True)
+def _nothing(config: PretrainedConfig, plan: "PruningPlan") -> None:
+    """Most families' configs say nothing more about a plan than its counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """The declaration of one family of Hugging Face causal LMs.
 
+    Paths are dotted; those of `weights` and `layer_index` start at a layer, the others at the causal LM. Modules that a model of the family does not have (a bias, an optional norm) are passed over.
+
     Attributes:
         model_types: the `config.model_type` values that share this layout.
-        layers: dotted path from the causal LM to the `nn.ModuleList` of its decoder layers.
-        depth_field: the config field that states the number of layers.
+        weights: a layer's modules, and what the axes of their weights stand for: (outputs, inputs), or (values,) for a
+            norm.
+        stem: the same for what lies outside the layers: embeddings (None, HIDDEN), the final norm, the head.
+        layers: the `nn.ModuleList` of decoder layers.
+        channels_field: the config field that states the MLP's channels.
+        head_dim_field: the config field that states the dimensions of a head; None where the family has none, and they
+            are `hidden / heads`.
+        predicates: what a shape must satisfy for the stock class to express it.
         per_layer_fields: config fields that hold one entry a layer, where they are set at all.
-        layer_index: dotted paths, from a layer, of the attributes that hold its index (the KV cache's slot).
+        layer_index: attributes that hold a layer's index (the KV cache's slot).
         renumber: called as `renumber(layer, old, new)` when a layer moves, for what else depends on the index.
+        configure: called as `configure(config, plan)` for what else a config says about layers.
+        variant: chooses among declarations that share a `model_type`, by the config.
     """
 
     model_types: tuple[str, ...]
-    layers: str
-    depth_field: str = "num_hidden_layers"
-    per_layer_fields: tuple[str, ...] = ()
+    weights: Mapping[str, Axes]
+    stem: Mapping[str, Axes]
+    layers: str = "model.layers"
+    channels_field: str = "intermediate_size"
+    head_dim_field: str | None = "head_dim"
+    predicates: tuple[Predicate, ...] = ()
+    per_layer_fields: tuple[str, ...] = ("layer_types",)
     layer_index: tuple[str, ...] = ("self_attn.layer_idx",)
     renumber: Callable[[nn.Module, int, int], None] = _unchanged
+    configure: Callable[[PretrainedConfig, "PruningPlan"], None] = _nothing
+    variant: "Callable[[PretrainedConfig], Family] | None" = None
+
+    @property
+    def structures(self) -> frozenset[Structure]:
+        """What of this family can be pruned."""
+        axes = [axis for entry in (*self.weights.values(), *self.stem.values()) for axis in entry if axis]
+        return frozenset({"layers", *(run.unit for axis in axes for run in axis)})
+
+    def problems(self, shape: Shape, config: PretrainedConfig) -> list[str]:
+        """Why the stock class cannot express a shape, each reason in words; none if it can."""
+        found = (predicate(shape, config) for predicate in self.predicates)
+        return [problem for problem in found if problem is not None]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model, and what its dimensions stand for.
+
+    Attributes:
+        owner: the module that holds it.
+        name: its name there.
+        path: its name in the causal LM.
+        layer: the index of the layer that it belongs to; None outside the layers.
+        axes: what each dimension stands for; None where nothing of it can be pruned.
+    """
+
+    owner: nn.Module
+    name: str
+    path: str
+    layer: int | None
+    axes: Axes
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself, as it is now."""
+        parameter = getattr(self.owner, self.name)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module of the model that has something to prune.
+
+    Attributes:
+        module: the module.
+        path: its name in the causal LM.
+        layer: the index of the layer that it belongs to; None outside the layers.
+        axes: (outputs, inputs) of a projection, (None, HIDDEN) of an embedding or the head, (values,) of a norm.
+    """
+
+    module: nn.Module
+    path: str
+    layer: int | None
+    axes: Axes
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it normalizes over the units of a structure."""
+        return len(self.axes) == 1
+
+    @property
+    def writes_hidden(self) -> bool:
+        """Whether its output adds to the residual stream: a projection onto it, or an embedding."""
+        if isinstance(self.module, nn.Embedding):
+            return self.axes[-1] == HIDDEN
+        return len(self.axes) == 2 and self.axes[0] == HIDDEN
+
+    def reads(self, axis: Axis) -> bool:
+        """Whether it is a projection that takes what the units of a structure give."""
+        return len(self.axes) == 2 and self.axes[1] == axis
+
+    def weights(self) -> Iterator[Weight]:
+        """Its parameters that have something to prune."""
+        for name, parameter in self.module.named_parameters(recurse=False):
+            if parameter.ndim == 1:
+                axes = self.axes[:1]
+            else:
+                axes = self.axes[::-1] if isinstance(self.module, Conv1D) else self.axes
+            if any(axes):
+                yield Weight(self.module, name, f"{self.path}.{name}", self.layer, axes)
 
 
 @dataclass(frozen=True)
@@ -62,6 +184,11 @@ class Anatomy:
         return len(self.layers)
 
     @property
+    def shape(self) -> Shape:
+        """The model's counts, as its config states them now."""
+        return shape_of(self.config, self.family)
+
+    @property
     def num_parameters(self) -> int:
         """How many parameters the model has now; tied ones count once."""
         return sum(parameter.numel() for parameter in self.lm.parameters())
@@ -69,3 +196,44 @@ class Anatomy:
     def parameters_of_layer(self, index: int) -> int:
         """How many parameters layer `index` holds."""
         return sum(parameter.numel() for parameter in self.layers[index].parameters())
+
+    def sites(self) -> Iterator["Site"]:
+        """Every module that has something to prune, layers in order, then the stem."""
+        for index, layer in enumerate(self.layers):
+            yield from _sites(layer, self.family.weights, f"{self.family.layers}.{index}.", index)
+        yield from _sites(self.lm, self.family.stem, "", None)
+
+    def weights(self) -> Iterator["Weight"]:
+        """Every parameter that has something to prune, in the order of `sites`; a tied one comes twice."""
+        for site in self.sites():
+            yield from site.weights()
+
+
+def shape_of(config: PretrainedConfig, family: Family) -> Shape:
+    """The counts that a config states."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, family.head_dim_field, None) if family.head_dim_field else None
+    channels = getattr(config, family.channels_field, None)
+    return Shape(
+        layers=config.num_hidden_layers,
+        hidden=hidden,
+        heads=heads,
+        kv_groups=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim or hidden // heads,
+        channels=4 * hidden if channels is None else channels,
+    )
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module | None:
+    """The submodule at a dotted path; None if there is none."""
+    module: Any = root
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _sites(root: nn.Module, table: Mapping[str, Axes], prefix: str, layer: int | None) -> Iterator[Site]:
+    for path, axes in table.items():
+        module = _module_at(root, path)
+        if module is not None:
+            yield Site(module, prefix + path, layer, axes)

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS
 from lightprune.anatomy.base import Family
+from lightprune.anatomy.predicates import heads_fill_hidden
 
 
 @torch.no_grad()
@@ -27,8 +29,24 @@ def _keep_attention_scale(layer: nn.Module, old: int, new: int) -> None:
 
 GPT2 = Family(
     model_types=("gpt2",),
+    weights={
+        "ln_1": (HIDDEN,),
+        "attn.c_attn": (HEADS + KV_GROUPS + KV_GROUPS, HIDDEN),
+        "attn.c_proj": (HIDDEN, HEADS),
+        "ln_2": (HIDDEN,),
+        "mlp.c_fc": (CHANNELS, HIDDEN),
+        "mlp.c_proj": (HIDDEN, CHANNELS),
+    },
+    stem={
+        "transformer.wte": (None, HIDDEN),
+        "transformer.wpe": (None, HIDDEN),
+        "transformer.ln_f": (HIDDEN,),
+        "lm_head": (None, HIDDEN),
+    },
     layers="transformer.h",
-    depth_field="n_layer",
+    channels_field="n_inner",
+    head_dim_field=None,
+    predicates=(heads_fill_hidden,),
     layer_index=("attn.layer_idx",),
     renumber=_keep_attention_scale,
 )

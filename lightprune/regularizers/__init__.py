@@ -3,5 +3,7 @@
 from lightprune.regularizers.annealing import GateAnnealing
 from lightprune.regularizers.base import Regularizer
 from lightprune.regularizers.difference import DifferencePenalty
+from lightprune.regularizers.group_lasso import ProximalGroupLasso
+from lightprune.regularizers.group_norm import GroupNormPenalty
 
-__all__ = ["DifferencePenalty", "GateAnnealing", "Regularizer"]
+__all__ = ["DifferencePenalty", "GateAnnealing", "GroupNormPenalty", "ProximalGroupLasso", "Regularizer"]

@@ -1,78 +1,91 @@
 """What all regularizers are: a window of optimizer steps in which the units that the plan removes are emptied."""
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, cast
 
+from lightprune.anatomy import STRUCTURES, Structure
+from lightprune.cycle import Cycle
 from lightprune.errors import ConfigError
 from lightprune.gates import Handle
 from lightprune.pipeline import Part, Stage
+from lightprune.plan import PruningPlan
 
 Order = Literal["joint", "first_to_last", "last_to_first"]
 
 
 class Regularizer(Part):
-    """Empties the layers that the plan removes, between the selection and the cut.
+    """Empties what the plan removes, between the selection and the cut.
 
     Args:
         start: the optimizer step at which it begins; None as soon as the plan is decided.
         stop: the optimizer step at which its ramp is complete; None is the cut's `at`. It stays complete until the cut.
-        order: all chosen layers together, or one after another by depth, each in its own share of the window.
+            Without `start` and `stop` a regularizer acts before every cut of the run.
     """
 
     stage = Stage.REGULARIZE
+    acts_on: ClassVar[frozenset[Structure]] = frozenset(STRUCTURES)
 
-    def __init__(self, start: int | None, stop: int | None, order: Order) -> None:
+    def __init__(self, start: int | None, stop: int | None) -> None:
         self.start = start
         self.stop = stop
-        self.order: Order = order
-        self._began: int | None = None
+        self._began: dict[int, int] = {}  # by cycle
         self._attached = False
         self._handles: list[Handle] = []
 
-    def watch(self, layers: list[int]) -> None:
-        """Attach to the layers that the plan removes."""
+    def watch(self, plan: PruningPlan) -> None:
+        """Attach to what the plan removes."""
         raise NotImplementedError
 
-    def apply(self, progress: dict[int, float]) -> None:
-        """Set the strength for the next step; `progress` is how far each removed layer's ramp is, in (0, 1].
-
-        A layer whose turn has not come is not in it.
-        """
+    def apply(self, elapsed: float) -> None:
+        """Become what this has to be in the next step, when the share `elapsed` of the window, in (0, 1], is over."""
         raise NotImplementedError
+
+    @property
+    def begins(self) -> int:
+        return self.start or 0
 
     def check(self) -> None:
-        name, cut = type(self).__name__, self.pipeline.cut
-        if not self.pipeline.selectors:
+        name, cycles = type(self).__name__, self.cycles()
+        if not any(cycle.selectors for cycle in cycles):
             raise ConfigError(f"{name} has no plan to work on: add a selector to trainer.callbacks.")
-        end = self._end()
-        if end is None:
-            raise ConfigError(f"{name}.stop is not set and there is no cut: set `stop`, or add a StructuredCut.")
-        earliest = max(selector.stop for selector in self.pipeline.selectors)
-        start = earliest if self.start is None else self.start
-        if start < earliest:
+        decided = {s for cycle in cycles for selector in cycle.selectors for s in selector.structures}
+        if not decided & self.acts_on:
             raise ConfigError(
-                f"{name}.start is {start}, before the selection ends at step {earliest}: set it to at "
-                f"least {earliest}, or leave it out."
+                f"{name} acts on {_listed(self.acts_on)}, and its selectors decide about {_listed(decided)}: leave it "
+                f"out of trainer.callbacks, or add a selector that decides about {_listed(self.acts_on)}."
             )
-        if start >= end:
-            raise ConfigError(
-                f"{name} starts at step {start} and stops at step {end}: its window must hold at least one step; "
-                "start it earlier, or stop it (or cut) later."
-            )
-        if cut is not None and end > cut.at:
-            raise ConfigError(f"{name}.stop is {end}, after the cut at {cut.at}: set it to at most {cut.at}.")
+        for cycle in cycles:
+            start, end = self.window(cycle)
+            if end is None:
+                raise ConfigError(f"{name}.stop is not set and there is no cut: set `stop`, or add a StructuredCut.")
+            earliest = cycle.selected_by
+            if start < earliest:
+                raise ConfigError(
+                    f"{name}.start is {start}, before the selection ends at step {earliest}: set it to at "
+                    f"least {earliest}, or leave it out."
+                )
+            if start >= end:
+                raise ConfigError(
+                    f"{name} starts at step {start} and stops at step {end}: its window must hold at least one step; "
+                    "start it earlier, or stop it (or cut) later."
+                )
+            if cycle.cut is not None and end > cycle.cut.at:
+                raise ConfigError(
+                    f"{name}.stop is {end}, after the cut at {cycle.cut.at}: set it to at most {cycle.cut.at}."
+                )
 
     def advance(self, step: int) -> None:
-        plan, cut = self.pipeline.plan, self.pipeline.cut
-        if plan is None or step < (self.start or 0) or (cut is not None and cut.done):
+        cycle = self.pipeline.cycle
+        plan = cycle.plan
+        if plan is None or cycle.done or cycle not in self.cycles() or step < (self.start or 0):
             return
-        if self._began is None:
-            self._began = step
+        began = self._began.setdefault(cycle.index, step)
         if not self._attached:
             self._attached = True
-            self.watch(list(plan.dropped_layers))
-        end = self._end()
+            self.watch(plan)
+        _, end = self.window(cycle)
         assert end is not None
-        self.apply(self._progress(list(plan.dropped_layers), step, end))
+        self.apply(min((step + 1 - began) / (end - began), 1.0))
 
     def detach(self) -> None:
         self._attached = False
@@ -85,14 +98,22 @@ class Regularizer(Part):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._began = state_dict["began"]
 
-    def _end(self) -> int | None:
-        cut = self.pipeline.cut
-        return self.stop if self.stop is not None else None if cut is None else cut.at
+    def cycles(self) -> list[Cycle]:
+        """The cycles in which this acts: the one that its `start` or `stop` lies in; all of them if neither is set."""
+        cycles = self.pipeline.cycles
+        if self.start is None and self.stop is None:
+            return cycles
+        step = self.start if self.start is not None else cast(int, self.stop) - 1
+        return [next((c for c in cycles if c.cut is None or step < c.cut.at), cycles[-1])]
 
-    def _progress(self, layers: list[int], step: int, end: int) -> dict[int, float]:
-        assert self._began is not None
-        elapsed = (step + 1 - self._began) / (end - self._began)
-        return ramps(layers, min(elapsed, 1.0), self.order)
+    def window(self, cycle: Cycle) -> tuple[int, int | None]:
+        """The optimizer steps at which this begins and is complete, as the settings tell them."""
+        start = cycle.selected_by if self.start is None else self.start
+        return start, self.stop if self.stop is not None or cycle.cut is None else cycle.cut.at
+
+
+def _listed(structures: Iterable[Structure]) -> str:
+    return " or ".join(sorted(structures, key=STRUCTURES.index)) or "nothing"
 
 
 def ramps(layers: list[int], elapsed: float, order: Order) -> dict[int, float]:

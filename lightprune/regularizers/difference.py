@@ -6,10 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightprune.anatomy import Structure
 from lightprune.errors import ConfigError
 from lightprune.observe import TokenMask, on_output
 from lightprune.pipeline import Status
-from lightprune.regularizers.base import Order, Regularizer
+from lightprune.plan import PruningPlan
+from lightprune.regularizers.base import Order, Regularizer, ramps
 
 Norm = Literal["l2", "l1"]
 
@@ -46,6 +48,8 @@ class DifferencePenalty(Regularizer):
         order: all chosen layers together ("joint"), or one joining after another by depth.
     """
 
+    acts_on = frozenset[Structure]({"layers"})
+
     def __init__(
         self,
         strength: float = 1e-3,
@@ -56,11 +60,13 @@ class DifferencePenalty(Regularizer):
         stop: int | None = None,
         order: Order = "joint",
     ) -> None:
-        super().__init__(start, stop, order)
+        super().__init__(start, stop)
+        self.order: Order = order
         self.strength = strength
         self.norm: Norm = norm
         self.ramp = ramp
         self.relative = relative
+        self._layers: list[int] = []
         self._strengths: dict[int, float] = {}
         self._seen: dict[int, list[Tensor]] = defaultdict(list)
         self._tokens = TokenMask()
@@ -71,9 +77,11 @@ class DifferencePenalty(Regularizer):
         if self.strength < 0:
             raise ConfigError(f"DifferencePenalty.strength is {self.strength}: it must be at least 0.")
 
-    def watch(self, layers: list[int]) -> None:
+    def watch(self, plan: PruningPlan) -> None:
+        layers = self.pipeline.anatomy.layers
+        self._layers = list(plan.dropped_layers)
         self._handles.append(self._tokens.watch(self.pipeline.lm))
-        self._handles += [on_output(self.pipeline.anatomy.layers[index], self._record(index)) for index in layers]
+        self._handles += [on_output(layers[index], self._record(index)) for index in self._layers]
 
     def _record(self, index: int) -> Any:
         def use(hidden_in: Tensor, hidden_out: Tensor) -> None:
@@ -86,10 +94,11 @@ class DifferencePenalty(Regularizer):
 
         return use
 
-    def apply(self, progress: dict[int, float]) -> None:
+    def apply(self, elapsed: float) -> None:
         self._seen.clear()  # of a batch that was skipped
         self._strengths = {
-            index: self.strength * (share if self.ramp == "linear" else 1.0) for index, share in progress.items()
+            index: self.strength * (share if self.ramp == "linear" else 1.0)
+            for index, share in ramps(self._layers, elapsed, self.order).items()
         }
 
     def penalty(self) -> Tensor | None:
@@ -103,8 +112,9 @@ class DifferencePenalty(Regularizer):
 
     def detach(self) -> None:
         super().detach()
+        self._layers = []
         self._strengths = {}
         self._seen.clear()
 
     def status(self) -> Status:
-        return {"difference": float(self._last)} if self._attached else {}
+        return {"difference": float(self._last)} if self._layers else {}

@@ -1,5 +1,6 @@
 """Block influence: the score of ShortGPT (arXiv 2403.03853)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,10 +8,10 @@ from torch import Tensor
 
 from lightprune.observe import TokenMask, on_output
 from lightprune.pipeline import Status
-from lightprune.selectors.base import Selector, lowest
+from lightprune.selectors.base import LayerSelector, lowest
 
 
-class BlockInfluenceSelector(Selector):
+class BlockInfluenceSelector(LayerSelector):
     """Drops the layers that turn their input the least: BI_l = 1 - mean over tokens of cos(X_in, X_out).
 
     Scored once, over all batches of the window (ShortGPT, equation 1; a baseline here).
@@ -53,7 +54,7 @@ class BlockInfluenceSelector(Selector):
         """BI_l of every layer [L], from 0 (the layer changes nothing) to 2."""
         return self._sums / self._batches.clamp(min=1)
 
-    def choose(self) -> tuple[list[int], dict[str, Any]]:
+    def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         self.pipeline.log({f"select/influence/layer_{i:02d}": float(v) for i, v in enumerate(self.scores)})
         return lowest(self.scores, self.candidates, self.drop), {"block_influence": self.scores.tolist()}
 
@@ -63,5 +64,5 @@ class BlockInfluenceSelector(Selector):
     def scores_state(self) -> dict[str, Any]:
         return {"sums": self._sums, "batches": self._batches}
 
-    def load_scores_state(self, state: dict[str, Any]) -> None:
+    def load_scores_state(self, state: Mapping[str, Any]) -> None:
         self._sums, self._batches = state["sums"], state["batches"]

@@ -1,7 +1,9 @@
 """A plan from a file: made by an earlier run, or by hand."""
 
-from typing import Any
+from dataclasses import replace
 
+from lightprune.anatomy import Shape, Structure
+from lightprune.errors import ConfigError
 from lightprune.plan import PruningPlan
 from lightprune.selectors.base import Selector
 
@@ -11,23 +13,36 @@ class PlanFromFile(Selector):
 
     Args:
         path: the JSON file: an export's `pruning_plan.json`, or what `PruningPlan.save` wrote.
+        start: the optimizer step at which it becomes the plan.
     """
 
     needs_batches = False
 
-    def __init__(self, path: str) -> None:
-        super().__init__(0, 0, 0, 0, 0, hold_weights=False)
+    def __init__(self, path: str, start: int = 0) -> None:
+        super().__init__(start, start, hold_weights=False)
         self.path = path
+
+    @property
+    def structures(self) -> frozenset[Structure]:
+        return frozenset(PruningPlan.load(self.path).structures)
+
+    def target(self, source: Shape) -> Shape:
+        plan = PruningPlan.load(self.path)
+        if self.cycle is self.pipeline.cycles[0]:
+            plan.validate(self.pipeline.anatomy)
+        if plan.source != source:
+            raise ConfigError(
+                f"The plan in PlanFromFile.path={self.path!r} was made for a model of {plan.source}, and by then this one "
+                f"is {source}: choose the plan that belongs to it."
+            )
+        return plan.shape
 
     def watch(self) -> None:
         """Needs no batches."""
 
-    def check(self) -> None:
-        PruningPlan.load(self.path).validate(self.pipeline.anatomy)
-
-    def choose(self) -> tuple[list[int], dict[str, Any]]:
+    def choose(self) -> PruningPlan:
         plan = PruningPlan.load(self.path)
-        return list(plan.dropped_layers), {"file": self.path, "made_by": dict(plan.provenance)}
+        return replace(plan, provenance={"file": self.path, "made_by": dict(plan.provenance)})
 
     def foresee(self) -> PruningPlan | None:
         return self.plan or PruningPlan.load(self.path)

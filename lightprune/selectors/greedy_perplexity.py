@@ -1,5 +1,6 @@
 """Greedy perplexity: the search of SLEB (arXiv 2402.09025)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from lightprune.gates import replaced_forwards
 from lightprune.metrics import IGNORE_INDEX, token_losses
 from lightprune.observe import call_inputs, evaluating
 from lightprune.pipeline import Status
-from lightprune.selectors.base import Selector
+from lightprune.selectors.base import LayerSelector
 
 
-class GreedyPerplexitySelector(Selector):
+class GreedyPerplexitySelector(LayerSelector):
     """Drops, one by one, the layer whose absence costs the least perplexity (SLEB, algorithm 1; a baseline here).
 
     The batches of the window are kept (their token ids) and searched at its end. In a round every remaining layer is
@@ -40,7 +41,7 @@ class GreedyPerplexitySelector(Selector):
 
         self._handles.append(self.pipeline.lm.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def choose(self) -> tuple[list[int], dict[str, Any]]:
+    def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         self.detach()
         lm: nn.Module = self.pipeline.lm
         layers = self.pipeline.anatomy.layers
@@ -91,7 +92,7 @@ class GreedyPerplexitySelector(Selector):
     def scores_state(self) -> dict[str, Any]:
         return {"batches": self._batches}
 
-    def load_scores_state(self, state: dict[str, Any]) -> None:
+    def load_scores_state(self, state: Mapping[str, Any]) -> None:
         self._batches = state["batches"]
 
 

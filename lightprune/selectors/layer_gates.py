@@ -1,5 +1,6 @@
 """Learned layer gates: stage 1 of TRSP and ELDeR (arXiv 2505.18232)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,12 +9,12 @@ from torch import Tensor
 from lightprune.errors import ConfigError
 from lightprune.gates import Bypass, Placement, attach_gate
 from lightprune.pipeline import Status
-from lightprune.selectors.base import Selector, lowest
+from lightprune.selectors.base import LayerSelector, lowest
 
 _SAVED = ("gates", "adam", "dropped", "history", "round_steps", "stable_steps", "smallest")
 
 
-class LayerGateSelector(Selector):
+class LayerGateSelector(LayerSelector):
     """Learns a scalar gate for every layer under an l1 penalty and drops, round by round, the layers it closes most.
 
     In a round the gates s_l, which start at 1, learn by Adam on `LM loss + l1 * sum_l |s_l|`; at its end the layers
@@ -154,7 +155,7 @@ class LayerGateSelector(Selector):
     def settled(self) -> bool:
         return self.round == self.rounds
 
-    def choose(self) -> tuple[list[int], dict[str, Any]]:
+    def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         assert len(self._dropped) == self.drop, "every optimizer step of the window counts towards a round"
         return self._dropped, {
             "rounds": self._history,
@@ -225,7 +226,7 @@ class LayerGateSelector(Selector):
             "smallest": self._smallest,
         }
 
-    def load_scores_state(self, state: dict[str, Any]) -> None:
+    def load_scores_state(self, state: Mapping[str, Any]) -> None:
         self._forget()
         self._saved = {name: state[name] for name in _SAVED} if "gates" in state else None
 

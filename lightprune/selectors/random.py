@@ -4,30 +4,31 @@ import random
 from typing import Any
 
 from lightprune.plan import PruningPlan
-from lightprune.selectors.base import Selector
+from lightprune.selectors.base import LayerSelector
 
 
-class RandomSelector(Selector):
-    """Drops layers at random; decided before the first step.
+class RandomSelector(LayerSelector):
+    """Drops layers at random.
 
     Args:
         drop: how many layers go.
         seed: of a random generator of its own.
         protect_first: how many of the first layers may not go.
         protect_last: how many of the last layers may not go.
+        start: the optimizer step at which the plan is made.
     """
 
     needs_batches = False
 
-    def __init__(self, drop: int, seed: int = 0, protect_first: int = 0, protect_last: int = 0) -> None:
-        super().__init__(drop, 0, 0, protect_first, protect_last, hold_weights=False)
+    def __init__(self, drop: int, seed: int = 0, protect_first: int = 0, protect_last: int = 0, start: int = 0) -> None:
+        super().__init__(drop, start, start, protect_first, protect_last, hold_weights=False)
         self.seed = seed
 
     def watch(self) -> None:
         """Needs no batches."""
 
-    def choose(self) -> tuple[list[int], dict[str, Any]]:
+    def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         return random.Random(self.seed).sample(self.candidates, self.drop), {"seed": self.seed}
 
     def foresee(self) -> PruningPlan | None:
-        return self.plan or PruningPlan.dropping(self.pipeline.anatomy, self.choose()[0])
+        return self.plan or self.choose()

@@ -1,6 +1,17 @@
 """Pure surgery: (model, plan) to a smaller model, and the optimizers that trained it to ones that train the rest."""
 
-from lightprune.surgery.model import cut_model
-from lightprune.surgery.optimizer import remove_parameters
+from lightprune.surgery.model import Rows, cut_model, kept_rows, sliced
+from lightprune.surgery.optimizer import check_optimizer, remove_parameters, replace_parameter
+from lightprune.surgery.shapes import resulting_parameters, resulting_shapes
 
-__all__ = ["cut_model", "remove_parameters"]
+__all__ = [
+    "Rows",
+    "check_optimizer",
+    "cut_model",
+    "kept_rows",
+    "remove_parameters",
+    "replace_parameter",
+    "resulting_parameters",
+    "resulting_shapes",
+    "sliced",
+]

@@ -3,11 +3,44 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightprune.errors import ConfigError
+from lightprune.surgery.model import Rows, sliced
+
+# Optimizers that keep, for each parameter, tensors of its own shape and numbers, and nothing that mixes its entries.
+ELEMENTWISE = (Adam, AdamW, SGD)
 
 # What PyTorch's schedulers keep one entry of for every parameter group.
 _PER_GROUP_LISTS = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs")
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state cannot be sliced with the parameters.
+
+    Raises:
+        ConfigError: it is none of Adam, AdamW and SGD.
+    """
+    if not isinstance(optimizer, ELEMENTWISE):
+        allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE)
+        raise ConfigError(
+            f"lightprune cannot carry the state of {type(optimizer).__name__} through a cut in width: it can that of "
+            f"{allowed}; choose one of them in the module's `optimizer`, or cut layers only."
+        )
+
+
+def replace_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, rows: Rows) -> None:
+    """Put `new`, the `rows` of `old` that stay, in the place of `old`, with the moments that belong to these rows."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is not None:
+        optimizer.state[new] = {
+            name: sliced(value, rows) if torch.is_tensor(value) and value.shape == old.shape else value
+            for name, value in state.items()
+        }
 
 
 def remove_parameters(optimizer: Optimizer, schedulers: Collection[Any], removed: Collection[nn.Parameter]) -> None:

@@ -1,16 +1,19 @@
 """Gate annealing: its schedule, seen from outside, and the cut that it makes free of any jump."""
 
 import math
+import random
+from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightprune import GateAnnealing, PlanFromFile, PruningPlan, RandomSelector, StructuredCut
+from lightprune import GateAnnealing, PlanFromFile, PruningPlan, StructuredCut
 from lightprune.anatomy import anatomy_of
-from tests.families import FAMILIES, tiny_lm
+from tests.families import FAMILIES, combinations_of, random_plan, tiny_lm
+from tests.regularizers.by_hand import REMOVED, STAY, from_file, plan_for
 from tests.training import Plain, Spy, assert_close, batches, fit, weights
 
 DROP = [1, 4]
@@ -80,12 +83,121 @@ def test_alpha_follows_its_shape_and_layers_at_zero_are_not_computed(
         assert computed == {0, 2, 3, 5} | ({1} if one else set()) | ({4} if four else set())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_no_jump_at_the_cut(name: str) -> None:
+def factors(entering: Tensor, leaving: Tensor) -> Tensor:
+    """By what each of the last dimension's columns was multiplied."""
+    before, after = entering.detach().flatten(0, -2), leaving.detach().flatten(0, -2)
+    return (before * after).sum(0) / before.square().sum(0)
+
+
+class Measured(Plain):
+    """Measures, in each training step, by what heads, channels and hidden dimensions are multiplied on their way.
+
+    Its hooks are there before any mask's: they see what comes in untouched, and what a projection gets in the end.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.steps: list[dict[tuple[str, int], Tensor]] = []
+        raw: dict[Any, Tensor] = {}
+
+        def watch(module: nn.Module, unit: str, layer: int) -> None:
+            module.register_forward_pre_hook(lambda m, i: raw.update({(unit, layer): i[0]}))
+            module.register_forward_hook(lambda m, i, o: self.note(unit, layer, raw[unit, layer], i[0]))
+
+        for index, layer in enumerate(self.lm.model.layers):
+            watch(layer.self_attn.o_proj, "heads", index)
+            watch(layer.mlp.down_proj, "channels", index)
+        self.lm.model.embed_tokens.register_forward_hook(lambda m, i, o: raw.update(embedding=o))
+        self.lm.model.layers[0].register_forward_pre_hook(lambda m, i: self.note("hidden", 0, raw["embedding"], i[0]))
+
+    def note(self, unit: str, layer: int, entering: Tensor, leaving: Tensor) -> None:
+        if self.trainer.training:
+            self.steps[-1][unit, layer] = factors(entering, leaving)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps.append({})
+        return super().training_step(batch, batch_idx)
+
+
+def removed_columns(unit: str, layer: int) -> list[int]:
+    indices = [index for place, index in REMOVED["llama_tied"][unit] if place == layer]
+    if unit != "heads":
+        return indices
+    groups = [group for place, group in REMOVED["llama_tied"]["kv_groups"] if place == layer]
+    heads = indices + [2 * group + i for group in groups for i in (0, 1)]
+    return [8 * head + i for head in heads for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "own"),
+    [
+        # In each of five steps, alpha of the units of the first, second, ... layer that stays.
+        ("linear", "joint", [[0.8] * 5, [0.6] * 5, [0.4] * 5, [0.2] * 5, [0] * 5]),
+        ("cosine", "joint", [[(1 + math.cos(math.pi * k / 5)) / 2] * 5 for k in range(1, 5)] + [[0] * 5]),
+        ("linear", "first_to_last", [[0] * k + [1] * (5 - k) for k in range(1, 6)]),
+        ("linear", "last_to_first", [[1] * (5 - k) + [0] * k for k in range(1, 6)]),
+    ],
+)
+def test_units_fade_out_and_the_others_are_not_touched(
+    shape: Any, order: Any, own: list[list[float]], tmp_path: Any
+) -> None:
+    """Heads, key-value groups, channels, hidden dimensions and a layer together, in one window of five steps."""
+    lm = tiny_lm("llama_tied")
+    module = Measured(lm)
+    parts = [from_file(plan_for("llama_tied", lm), tmp_path), GateAnnealing(shape=shape, order=order)]
+    fit(module, [*parts, StructuredCut(at=5, validate=False)], batches(5), max_steps=5)
+    jointly = [1 - k / 5 if shape == "linear" else (1 + math.cos(math.pi * k / 5)) / 2 for k in range(1, 6)]
+    for step, seen in enumerate(module.steps):
+        alphas = {(unit, i): own[step][turn] for turn, i in enumerate(STAY) for unit in ("heads", "channels")}
+        alphas["hidden", 0] = jointly[step]
+        for (unit, layer), alpha in alphas.items():
+            expected = torch.ones_like(seen[unit, layer])
+            expected[removed_columns(unit, layer)] = alpha
+            torch.testing.assert_close(seen[unit, layer], expected, rtol=0, atol=1e-4)
+
+
+def structures_of(name: str) -> list[tuple[str, ...]]:
+    """Layers alone, and all that the family can lose together."""
+    possible = combinations_of(tiny_lm(name))
+    return [("layers",), max(possible, key=len)]
+
+
+@pytest.mark.parametrize(("name", "structures"), [(name, s) for name in FAMILIES for s in structures_of(name)])
+def test_no_jump_at_the_cut(name: str, structures: tuple[str, ...], tmp_path: Any) -> None:
+    lm = tiny_lm(name)
+    plan = random_plan(anatomy_of(lm), structures, random.Random(1))
     cut = StructuredCut(at=4)
-    callbacks = [RandomSelector(drop=3, seed=1), GateAnnealing(), cut]
-    fit(Plain(tiny_lm(name)), callbacks, batches(5), max_steps=5)
+    fit(Plain(lm), [from_file(plan, tmp_path), GateAnnealing(), cut], batches(5), max_steps=5)
     assert cut.metrics["after"]["val/loss"] == pytest.approx(cut.metrics["before"]["val/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("units", "hooked"),
+    [
+        (("channels",), {"mlp.down_proj"}),
+        (("heads",), {"self_attn.o_proj"}),
+        (("layers", "channels"), {"", "mlp.down_proj"}),
+    ],
+)
+def test_what_stays_whole_costs_nothing_and_no_hook_is_left_behind(
+    units: tuple[str, ...], hooked: set[str], tmp_path: Any
+) -> None:
+    lm = tiny_lm("llama_tied")
+
+    def hooks(*_: Any) -> dict[str, set[str]]:
+        found = defaultdict(set)
+        for name, module in lm.named_modules():
+            if name.startswith("model.layers.") and (module._forward_hooks or module._forward_pre_hooks):
+                layer, _, inner = name.removeprefix("model.layers.").partition(".")
+                found[layer].add(inner)
+        return found
+
+    spy = Spy(hooks, "on_before_zero_grad")
+    parts = [from_file(plan_for("llama_tied", lm, *units), tmp_path), GateAnnealing()]
+    fit(Plain(lm), [spy, *parts, StructuredCut(at=2, validate=False)], batches(3), max_steps=3)
+    stay = {str(i) for i in (STAY if "layers" in units else range(6))}
+    assert spy.seen[0] == {layer: hooked - {""} for layer in stay} | ({"2": {""}} if "" in hooked else {})
+    assert spy.seen[2] == {}
 
 
 def test_accumulation_does_not_hasten_the_ramp(tmp_path: Any) -> None:
@@ -111,14 +223,15 @@ def test_layers_of_the_plan_learn_until_they_are_out_and_then_stand_still(tmp_pa
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool, tmp_path: Any) -> None:
-    """All the way to layers that are left out."""
+    """All the way to layers that are left out, and with units of every kind."""
 
     def run(checkpointed: bool) -> dict[str, Tensor]:
-        lm = tiny_lm()
+        lm = tiny_lm("llama_tied")
         if checkpointed:
             lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
             lm.enable_input_require_grads()
-        fit(Plain(lm), [plan_of(lm, tmp_path), GateAnnealing(), StructuredCut(at=4)], batches(5), max_steps=5)
+        parts = [from_file(plan_for("llama_tied", lm), tmp_path), GateAnnealing(), StructuredCut(at=4)]
+        fit(Plain(lm), parts, batches(5), max_steps=5)
         return weights(lm)
 
     assert_close(run(True), run(False), rtol=1e-4, atol=1e-6)

@@ -274,7 +274,7 @@ def test_a_checkpoint_between_restoring_and_the_first_batch_is_the_restored_one(
         rest = Batches(batches(6)[4:])
         trainer.fit(Plain(), rest, ckpt_path=tmp_path / f"{name}.ckpt", weights_only=True)
     saved = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("first", "second")]
-    first, second = (checkpoint["callbacks"]["LayerGateSelector"] for checkpoint in saved)
+    first, second = (checkpoint["callbacks"]["LayerGateSelector{'begins': 0}"] for checkpoint in saved)
     assert torch.equal(second["gates"], first["gates"])
     assert second["history"] == first["history"] != []
     assert selectors[1].plan is not None

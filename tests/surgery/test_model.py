@@ -1,22 +1,25 @@
-"""Invariant 2: a model with its layers left out, and the same model cut by the plan, are one function."""
+"""Invariant 2 for depth: a model with its layers left out, and the same model cut by the plan, are one function."""
 
 import copy
+import random
 from operator import attrgetter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightprune.anatomy import anatomy_of
 from lightprune.errors import ConfigError
 from lightprune.gates import Bypass, attach_gate
 from lightprune.plan import PruningPlan
-from lightprune.surgery import cut_model
-from tests.families import FAMILIES, NUM_LAYERS, left_padded, tiny_lm
+from lightprune.surgery import cut_model, resulting_parameters
+from tests.families import FAMILIES, NUM_LAYERS, TIED, combinations_of, left_padded, random_plan, tiny_lm
+from tests.logits import assert_same, cached_logits, logits_of
+from tests.surgery import by_hand
 
-DROPS = ([0], [NUM_LAYERS - 1], [1, 3], [0, 2, 5], [1, 2, 3, 4])
+DROPS = ([0], [1, 3], [0, 2, 4, NUM_LAYERS - 1])
 family = pytest.mark.parametrize("name", FAMILIES)
 dropped = pytest.mark.parametrize("drop", DROPS, ids=str)
 
@@ -25,40 +28,23 @@ LAYERS = {
     "opt": "model.decoder.layers",
     "gpt2": "transformer.h",
     "gpt2_inverse_scale": "transformer.h",
+    "opt_projected": "model.decoder.layers",
+    "opt_plain_norms": "model.decoder.layers",
     "gpt_neox": "gpt_neox.layers",
+    "gpt_neox_sequential": "gpt_neox.layers",
 }
-ATTENTION = {"gpt2": "attn", "gpt2_inverse_scale": "attn", "gpt_neox": "attention"}
+ATTENTION = {
+    "gpt2": "attn",
+    "gpt2_inverse_scale": "attn",
+    "gpt_neox": "attention",
+    "gpt_neox_sequential": "attention",
+}
 
 
 def layers_of(lm: PreTrainedModel, name: str) -> nn.ModuleList:
     layers = attrgetter(LAYERS.get(name, "model.layers"))(lm)
     assert isinstance(layers, nn.ModuleList)
     return layers
-
-
-def logits_of(lm: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """The logits [N, V] of the tokens that are not padding."""
-    with torch.no_grad():
-        return lm.eval()(**batch, use_cache=False).logits[batch["attention_mask"] == 1]
-
-
-def cached_logits(lm: PreTrainedModel, batch: dict[str, Tensor], prefill: int = 7) -> Tensor:
-    """The same with a KV cache: a first pass over `prefill` tokens, then one token at a time."""
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    cache = DynamicCache(config=lm.config)
-    pieces, begin = [], 0
-    with torch.no_grad():
-        for end in range(prefill, ids.shape[1] + 1):
-            output = lm.eval()(
-                input_ids=ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True
-            )
-            pieces.append(output.logits)
-            begin = end
-    return torch.cat(pieces, dim=1)[mask == 1]
-
-
-def assert_same(left: Tensor, right: Tensor, tolerance: float = 1e-5) -> None:
-    assert (left - right).abs().max() <= tolerance * right.abs().max()
 
 
 def left_out(lm: PreTrainedModel, name: str, drop: list[int]) -> PreTrainedModel:
@@ -131,13 +117,7 @@ def test_every_index_and_config_field_is_right(name: str, drop: list[int]) -> No
     assert len(layers) == lm.config.num_hidden_layers == NUM_LAYERS - len(drop)
     assert all(now is before for now, before in zip(layers, stays, strict=True))
     assert [getattr(layer, ATTENTION.get(name, "self_attn")).layer_idx for layer in layers] == list(range(len(layers)))
-    changed = {key for key, value in lm.config.to_dict().items() if value != uncut[key]}
-    depth = "n_layer" if name.startswith("gpt2") else "num_hidden_layers"
-    has_types = uncut.get("layer_types") is not None
-    assert changed == {depth, "layer_types"} if has_types else changed == {depth}
-    if has_types:
-        kept = [kind for index, kind in enumerate(uncut["layer_types"]) if index not in drop]
-        assert lm.config.layer_types == kept
+    assert lm.config.to_dict() == by_hand.config_fields(uncut, plan)
     assert all(module.config is identity for module in lm.modules() if hasattr(module, "config"))
     assert lm.config is identity
 
@@ -149,7 +129,7 @@ def test_plan_foretells_config_and_parameters(name: str, drop: list[int]) -> Non
     anatomy = anatomy_of(lm)
     plan = PruningPlan.dropping(anatomy, drop)
     before = lm.config.to_dict()
-    config, count = plan.config(anatomy), plan.num_parameters(anatomy)
+    config, count = plan.config(anatomy), resulting_parameters(anatomy, plan)
     assert lm.config.to_dict() == before
     cut_model(anatomy, plan)
     assert config.to_dict() == lm.config.to_dict()
@@ -167,15 +147,24 @@ def test_stock_class_holds_the_cut_model(name: str, drop: list[int]) -> None:
     stock.load_state_dict(smaller.state_dict(), strict=True)
     assert_same(logits_of(stock, batch), logits_of(smaller, batch), 1e-6)
     heads = {m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (lm, smaller, stock)}
-    assert heads == {name in ("llama_tied", "opt", "gpt2", "gpt2_inverse_scale")}
+    assert heads == {name.startswith(TIED)}
 
 
 @family
 def test_two_cuts_equal_one(name: str) -> None:
     """What a cut leaves behind is a model that can be cut again; indices are then those of the smaller model."""
-    lm, batch = tiny_lm(name), left_padded()
-    twice = cut_copy(cut_copy(lm, [0, 3]), [1])
-    assert_same(logits_of(twice, batch), logits_of(cut_copy(lm, [0, 2, 3]), batch))
+    once = tiny_lm(name)
+    twice = copy.deepcopy(once)
+    plans, rng = [], random.Random(name)
+    for _ in range(2):
+        plans.append(random_plan(anatomy_of(twice), combinations_of(twice)[-1], rng))
+        cut_model(anatomy_of(twice), plans[-1])
+    cut_model(anatomy_of(once), plans[0].then(plans[1]))
+    assert once.config.to_dict() == twice.config.to_dict()
+    assert once.state_dict().keys() == twice.state_dict().keys()
+    for key, tensor in once.state_dict().items():
+        torch.testing.assert_close(tensor, twice.state_dict()[key], rtol=1e-6, atol=0)
+    assert_same(logits_of(once, left_padded()), logits_of(twice, left_padded()), 1e-6)
 
 
 def test_generation_with_cache_equals_generation_without() -> None:
@@ -191,7 +180,7 @@ def test_generation_with_cache_equals_generation_without() -> None:
 def test_a_plan_that_does_not_fit_leaves_the_model_alone() -> None:
     lm = tiny_lm("llama")
     plan = PruningPlan.dropping(anatomy_of(tiny_lm("llama", num_layers=4)), [1])
-    with pytest.raises(ConfigError, match="num_layers"):
+    with pytest.raises(ConfigError, match="`layers` is 4, the model's is 6"):
         cut_model(anatomy_of(lm), plan)
     assert len(layers_of(lm, "llama")) == lm.config.num_hidden_layers == NUM_LAYERS
 

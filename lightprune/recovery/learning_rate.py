@@ -1,4 +1,4 @@
-"""`Recovery`: how the cut model trains."""
+"""`Recovery`: the learning rate of what is left."""
 
 import math
 from typing import Any, Literal
@@ -10,7 +10,7 @@ Decay = Literal["constant", "linear", "cosine"]
 
 
 class Recovery(Part):
-    """A learning rate of its own for what is left, counted from the cut.
+    """A learning rate of its own for what is left, counted from the last cut.
 
     It warms up linearly to `lr`, then decays towards the end of the run, and overrides the user's scheduler from the
     cut on. Parameter groups keep the ratios of their rates: the group with the largest gets `lr`.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightprune import RandomSelector, Recovery, StructuredCut
-from lightprune.recovery import rate_factor
+from lightprune.recovery.learning_rate import rate_factor
 from tests.training import Batches, Plain, Spy, batches, fit, trainer_for
 
 CUT, STEPS = 3, 11

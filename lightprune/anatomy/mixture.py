@@ -1,0 +1,30 @@
+"""Mixtures of experts: Mixtral and Qwen3-MoE, for layers and attention. Experts and hidden dimensions stay."""
+
+from typing import TYPE_CHECKING
+
+from transformers import PretrainedConfig
+
+from lightprune.anatomy.axes import HEADS, KV_GROUPS
+from lightprune.anatomy.base import Family
+
+if TYPE_CHECKING:
+    from lightprune.plan import PruningPlan
+
+_ATTENTION = {
+    "self_attn.q_proj": (HEADS, None),
+    "self_attn.k_proj": (KV_GROUPS, None),
+    "self_attn.v_proj": (KV_GROUPS, None),
+    "self_attn.o_proj": (None, HEADS),
+}
+
+
+def _name_dense_layers(config: PretrainedConfig, plan: "PruningPlan") -> None:
+    """Say layer by layer which have an ordinary MLP: counted in steps, others would after layers are gone."""
+    step = config.decoder_sparse_step
+    dense = [i for i in range(plan.source.layers) if i in config.mlp_only_layers or (i + 1) % step != 0]
+    config.mlp_only_layers = [new for new, old in enumerate(plan.kept_layers) if old in dense]
+    config.decoder_sparse_step = 1
+
+
+MIXTRAL = Family(model_types=("mixtral",), weights=_ATTENTION, stem={})
+QWEN3_MOE = Family(model_types=("qwen3_moe",), weights=_ATTENTION, stem={}, configure=_name_dense_layers)

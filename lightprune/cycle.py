@@ -1,0 +1,106 @@
+"""A cycle: the selectors that decide one plan, and the cut that executes it. A run has as many as it has cuts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lightprune.anatomy import Anatomy, Shape
+from lightprune.errors import ConfigError
+from lightprune.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from lightprune.cut import StructuredCut
+    from lightprune.selectors.base import Selector
+
+
+@dataclass(eq=False)
+class Cycle:
+    """One pass of select, regularize, cut.
+
+    Attributes:
+        index: its place in the run, from 0.
+        selectors: who decides the plan, each about structures of its own.
+        cut: who executes it; None in a run that only selects.
+    """
+
+    index: int
+    cut: "StructuredCut | None"
+    selectors: "list[Selector]" = field(default_factory=list)
+    _merged: tuple[list[PruningPlan], PruningPlan] | None = None
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """What the selectors decided together; None until the last of them has."""
+        plans = [selector.plan for selector in self.selectors if selector.plan is not None]
+        if not plans or len(plans) < len(self.selectors):
+            return None
+        if self._merged is None or any(new is not old for new, old in zip(plans, self._merged[0], strict=True)):
+            merged = plans[0]
+            for other in plans[1:]:
+                merged = merged.merged(other)
+            self._merged = plans, merged
+        return self._merged[1]
+
+    @property
+    def selected_by(self) -> int:
+        """The optimizer step by which the plan is decided."""
+        return max((selector.stop for selector in self.selectors), default=0)
+
+    @property
+    def done(self) -> bool:
+        """Whether its cut is made."""
+        return self.cut is not None and self.cut.done
+
+    def target(self, source: Shape) -> Shape:
+        """The counts that this cycle leaves of a model of shape `source`.
+
+        Raises:
+            ConfigError: two selectors decide about the same, or the settings of one do not fit such a model.
+        """
+        claimed: dict[str, Selector] = {}
+        shape = source
+        for selector in self.selectors:
+            for structure in selector.structures:
+                rival = claimed.setdefault(structure, selector)
+                if rival is not selector:
+                    raise ConfigError(
+                        f"{type(rival).__name__} and {type(selector).__name__} both select {structure}: "
+                        "leave one of them in trainer.callbacks, or give the second one a cut of its own."
+                    )
+            shape = combined(source, shape, selector.target(source))
+        return shape
+
+
+def combined(source: Shape, *targets: Shape) -> Shape:
+    """What several plans for one model leave together: of every count, the smallest."""
+    counts = {name: min(getattr(target, name) for target in targets) for name in vars(source)}
+    return Shape(**counts)
+
+
+def cycles_of(selectors: "Sequence[Selector]", cuts: "Sequence[StructuredCut]") -> list[Cycle]:
+    """Every selector to the first cut that comes after its window has opened; without cuts, one cycle that selects.
+
+    A selector that needs no batches decides at once: one that starts at the very step of a cut belongs to that cut.
+    """
+    ordered = sorted(cuts, key=lambda cut: cut.at)
+    cycles = [Cycle(index, cut) for index, cut in enumerate(ordered)] or [Cycle(0, None)]
+    for selector in selectors:
+        later = [
+            cycle
+            for cycle in cycles
+            if cycle.cut is None or cycle.cut.at > selector.start or selector.start == selector.stop == cycle.cut.at
+        ]
+        (later or cycles[-1:])[0].selectors.append(selector)
+    return cycles
+
+
+def expected_shapes(cycles: Sequence[Cycle], anatomy: Anatomy) -> list[Shape]:
+    """The model's shape before each cycle, and after the last.
+
+    Raises:
+        ConfigError: see `Cycle.target`.
+    """
+    shapes = [anatomy.shape]
+    for cycle in cycles:
+        shapes.append(cycle.target(shapes[-1]))
+    return shapes

@@ -1,0 +1,99 @@
+"""`ExportHF`: the callback that writes the model when training ends."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from lightprune.errors import ConfigError
+from lightprune.export.card import Card
+from lightprune.export.write import check_target, export_hf
+from lightprune.finish import FinishingCallback
+from lightprune.host import find_causal_lm
+from lightprune.hub import Dtype, torch_dtype
+from lightprune.pipeline import Pipeline
+
+
+class ExportHF(FinishingCallback):
+    """Writes the model as a Hugging Face directory at the end of training, or of a resume that finds nothing to train.
+
+    Works with any `LightningModule` that holds a Hugging Face causal LM. If a cut was planned and has not happened by
+    the end of training, nothing is written.
+
+    Args:
+        path: the directory to write; it must not exist.
+        overwrite: replace an earlier export at `path`, once the new one is verified.
+        dtype: dtype of the exported weights; None keeps that of the model.
+    """
+
+    def __init__(self, path: str, overwrite: bool = False, dtype: Dtype | None = None) -> None:
+        self.path = path
+        self.overwrite = overwrite
+        self.dtype = dtype
+        self._last_validation: dict[str, float] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._last_validation = {}
+        if stage == "fit":
+            check_target(self.path, overwrite=self.overwrite)
+            if self.dtype is not None:
+                torch_dtype(self.dtype)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what this validation logged: `trainer.callback_metrics` mixes it with what training logs."""
+        if not trainer.sanity_checking:
+            logged = trainer._logger_connector.metrics["log"]
+            self._last_validation = {name: float(value) for name, value in logged.items()}
+
+    def finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pipeline = Pipeline.of(trainer)
+        if pipeline is not None and pipeline.cut is not None and not pipeline.cut.done:
+            rank_zero_warn(f"Nothing is exported to {self.path!r}: training ended before the cut.")
+            return
+        if trainer.is_global_zero:
+            target = export_hf(
+                find_causal_lm(pl_module)[1],
+                self.path,
+                tokenizer=tokenizer_of(trainer, pl_module),
+                plan=pipeline.plan if pipeline is not None else None,
+                card=card_of(trainer, last_validation=self._last_validation),
+                overwrite=self.overwrite,
+                dtype=self.dtype,
+            )
+            rank_zero_info(f"Exported to {str(target)!r}, reloaded and compared.")
+        trainer.strategy.barrier("lightprune.ExportHF")
+
+
+def card_of(trainer: L.Trainer, *, last_validation: Mapping[str, float] | None = None) -> Card:
+    """What a trainer knows about its run, for the model card.
+
+    Args:
+        last_validation: what the last validation logged, by name.
+    """
+    pipeline = Pipeline.of(trainer)
+    cut = pipeline.cut if pipeline is not None else None
+    metrics = {} if cut is None else {f"{moment} the cut": values for moment, values in cut.metrics.items()}
+    data: dict[str, Any] = {"optimizer steps": trainer.global_step}
+    domains = getattr(getattr(trainer, "datamodule", None), "domain_names", ())
+    if domains:
+        data["domains"] = ", ".join(domains)
+    return Card(
+        parameters=cut.parameters if cut is not None else {},
+        data=data,
+        metrics=metrics | {"last validation": last_validation or {}},
+    )
+
+
+def tokenizer_of(trainer: L.Trainer, module: L.LightningModule) -> PreTrainedTokenizerBase | None:
+    """The `tokenizer` of the module or else of the data module; None if neither has one."""
+    for owner in (module, getattr(trainer, "datamodule", None)):
+        try:
+            tokenizer = getattr(owner, "tokenizer", None)
+        except ConfigError:  # a module whose source holds no tokenizer
+            continue
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            return tokenizer
+    return None

@@ -1,0 +1,131 @@
+"""The directory: written aside, verified, and only then given its name."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightprune.errors import ConfigError
+from lightprune.export.card import Card, model_card
+from lightprune.export.convert import outgoing
+from lightprune.export.verify import verify_export
+from lightprune.expressible import is_tied
+from lightprune.hub import Dtype, torch_dtype, without_progress_bars
+from lightprune.plan import PruningPlan
+
+# What is written into a model's config for saving, and taken back.
+_CONFIG_FIELDS = ("dtype", "architectures", "tie_word_embeddings")
+
+
+def check_target(path: str | Path, *, overwrite: bool) -> Path:
+    """Where an export may go.
+
+    Returns:
+        `path` as a `Path`, with `~` expanded.
+
+    Raises:
+        ConfigError: it exists and `overwrite` is not set, or it exists and is no earlier export.
+    """
+    target = Path(path).expanduser()
+    if target.exists() and not overwrite:
+        raise ConfigError(
+            f"The output {str(target)!r} exists already: choose another `path`, or set `overwrite: true` to replace it."
+        )
+    if target.exists() and not (target / "config.json").is_file():
+        raise ConfigError(
+            f"The output {str(target)!r} exists and is no Hugging Face model, so `overwrite` will not replace it: "
+            "choose another `path`."
+        )
+    return target
+
+
+def export_hf(
+    lm: PreTrainedModel,
+    path: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    plan: PruningPlan | None = None,
+    card: Card | None = None,
+    overwrite: bool = False,
+    dtype: Dtype | None = None,
+) -> Path:
+    """Write a model as a Hugging Face directory that plain `transformers` loads.
+
+    The directory appears under its name only after it was reloaded with `AutoModelForCausalLM`, had every weight, and
+    gave the logits of the model in memory. A model that its own class cannot hold goes out as another stock class that
+    computes the same; the model card then says so. The model is as it was afterwards: class, weights, mode, config.
+
+    Args:
+        lm: the model; gates and their hooks are off it.
+        path: the directory to write.
+        tokenizer: saved beside the model.
+        plan: saved as `pruning_plan.json` and told in the model card.
+        card: what else the model card tells.
+        overwrite: replace an earlier export at `path`.
+        dtype: dtype of the exported weights; None keeps that of the model.
+
+    Raises:
+        ConfigError: `path` is taken, `dtype` is unknown, or no stock class can hold the model.
+        RuntimeError: the reloaded model is not the same; nothing is left at `path`.
+    """
+    target = check_target(path, overwrite=overwrite)
+    weights_dtype = lm.dtype if dtype is None else torch_dtype(dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        staged = Path(scratch, "model")
+        with _as_exported(lm, weights_dtype), without_progress_bars():
+            out = outgoing(lm)
+            out.model.save_pretrained(staged)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(staged)
+            if plan is not None:
+                plan.save(staged / "pruning_plan.json")
+            (staged / "README.md").write_text(model_card(lm, plan, card or {}, out.notes), encoding="utf-8")
+            verify_export(staged, lm, out)
+        _replace(target, staged, keeping=Path(scratch, "replaced"))
+    return target
+
+
+def _replace(target: Path, new: Path, *, keeping: Path) -> None:
+    """Give `new` the name `target`; what had that name goes to `keeping`, and comes back if this fails."""
+    replaces = target.exists()
+    if replaces:
+        target.rename(keeping)
+    try:
+        new.rename(target)
+    except OSError:
+        if replaces:
+            keeping.rename(target)
+        raise
+
+
+@contextmanager
+def _as_exported(lm: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Put a model, for a while, into what is written: eval mode, weights in `dtype`, cache on, ties as they are."""
+    modes = [(module, module.training) for module in lm.modules()]
+    weights = [(p, p.data) for p in lm.parameters() if p.is_floating_point()]
+    configs = [c for c in (lm.config, getattr(lm, "generation_config", None)) if c is not None]
+    caching = [(config, getattr(config, "use_cache", None)) for config in configs]
+    stated = {name: getattr(lm.config, name) for name in _CONFIG_FIELDS}
+    try:
+        lm.eval()  # type: ignore[no-untyped-call]
+        lm.config.tie_word_embeddings = is_tied(lm)
+        # The parameters stay the same objects, so that ties hold and an optimizer does not notice.
+        for parameter, data in weights:
+            parameter.data = data.to(dtype)
+        for config, use_cache in caching:
+            if use_cache is False:
+                config.use_cache = True
+        yield
+    finally:
+        for parameter, data in weights:
+            parameter.data = data
+        for config, use_cache in caching:
+            config.use_cache = use_cache
+        for name, value in stated.items():
+            setattr(lm.config, name, value)
+        for module, training in modes:
+            module.training = training

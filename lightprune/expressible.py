@@ -1,0 +1,175 @@
+"""What stock `transformers` classes can express: the form in which a model goes out, and the gate before training."""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from lightprune.anatomy import Anatomy
+from lightprune.errors import ConfigError
+from lightprune.plan import PruningPlan
+from lightprune.surgery import resulting_shapes
+
+# What the config of a Llama declares and the others do not, or what saving states anew.
+_NOT_CARRIED = ("attention_bias", "mlp_bias", "pretraining_tp", "architectures", "transformers_version")
+
+
+@dataclass(frozen=True)
+class StockForm:
+    """A stock class that computes what a model computes, and the config for it.
+
+    Attributes:
+        model_class: the class that `AutoModelForCausalLM` makes of `config`.
+        config: states the counts of the model.
+        reason: why this is not the model's own class, in words; None where it is.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: PretrainedConfig
+    reason: str | None = None
+
+    def build(self) -> PreTrainedModel:
+        """The model on the `meta` device: names and shapes, no weights. It has a config of its own."""
+        with torch.device("meta"):
+            return self.model_class(copy.deepcopy(self.config))
+
+
+def stock_form(lm: PreTrainedModel, config: PretrainedConfig) -> StockForm:
+    """The stock class that can hold a model with this config.
+
+    It is the model's own class, but for a Llama whose heads do not divide the hidden dimensions. `LlamaConfig` refuses
+    that; Mistral without a sliding window computes the same where nothing has a bias, and Granite with all of its
+    multipliers neutral where something has.
+
+    Args:
+        lm: the model, cut or not.
+        config: of `lm`, or of what it will be.
+
+    Raises:
+        ConfigError: no stock class can.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if config.model_type != "llama" or hidden % heads == 0:
+        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), type(lm))
+        return StockForm(stock, config)
+    if type(lm) is not LlamaForCausalLM:
+        below = hidden // heads * heads
+        raise ConfigError(
+            f"The plan cannot be exported: {type(config).__name__} refuses {hidden} hidden dimensions with {heads} "
+            f"heads, which do not divide them, and no other class can stand in for {type(lm).__name__}, which is not "
+            f"the stock Llama; keep {below} or {below + heads} hidden dimensions."
+        )
+    refused = f"`LlamaConfig` refuses {hidden} hidden dimensions with {heads} heads, which do not divide them"
+    if config.attention_bias or config.mlp_bias:
+        return StockForm(
+            GraniteForCausalLM,
+            _carried(config, GraniteConfig, **_biases(config), **_neutral_multipliers(config.head_dim)),
+            f"{refused}; Granite with neutral multipliers computes the same, biases included",
+        )
+    return StockForm(
+        MistralForCausalLM,
+        _carried(config, MistralConfig, sliding_window=None),
+        f"{refused}; Mistral without a sliding window computes the same",
+    )
+
+
+def check_expressible(anatomy: Anatomy, plan: PruningPlan) -> None:
+    """Refuse a plan whose result no stock class can hold, before anything is trained for it.
+
+    Builds the class on the `meta` device and compares the names and shapes of all parameters. Only the plan's counts
+    matter, not its indices. Costs well under a second.
+
+    Args:
+        anatomy: of the uncut model.
+        plan: a valid plan for it.
+
+    Raises:
+        ConfigError: the config refuses the counts, or the class has other parameters than the cut model will have.
+    """
+    config = plan.config(anatomy)
+    config.tie_word_embeddings = is_tied(anatomy.lm)
+    form = stock_form(anatomy.lm, config)
+    check_config(form.config)
+    try:
+        stock = form.build()
+    except Exception as error:  # whatever a class raises for counts that it cannot have
+        raise _refusal(form.model_class, error) from error
+    theirs = {name: parameter.shape for name, parameter in stock.named_parameters()}
+    ours = resulting_shapes(anatomy, plan)
+    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if differing:
+        first = differing[0]
+        raise ConfigError(
+            f"The plan cannot be exported: {len(differing)} parameters of the cut model would not be those of a stock "
+            f"{form.model_class.__name__} (such as {first}: {_size(ours, first)}, not {_size(theirs, first)}); change "
+            "the counts to keep, or choose a model in `model` that adds nothing to its class."
+        )
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Let a config judge itself, as it will when it is saved and loaded.
+
+    Raises:
+        ConfigError: it finds its own values impossible.
+    """
+    validate = getattr(config, "validate", None)  # not every config class has it
+    if validate is None:
+        return
+    try:
+        validate()
+    except Exception as error:
+        raise _refusal(type(config), error) from error
+
+
+def is_tied(lm: PreTrainedModel) -> bool:
+    """Whether the output head is the input embedding: one tensor, whatever the config says."""
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head is not None and head.weight is embedding.weight
+
+
+def _carried(config: PretrainedConfig, target: type[PretrainedConfig], **values: Any) -> PretrainedConfig:
+    """What a Llama's config declares, in another class.
+
+    What somebody added to the config stays behind: it means nothing to a Llama, and might to the other class.
+    """
+    declared = {
+        entry.name: copy.deepcopy(getattr(config, entry.name)) for entry in dataclasses.fields(cast(Any, config))
+    }
+    return target(**{name: value for name, value in declared.items() if name not in _NOT_CARRIED} | values)
+
+
+def _biases(config: PretrainedConfig) -> dict[str, bool]:
+    return {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+
+
+def _neutral_multipliers(head_dim: int) -> dict[str, float]:
+    """Granite's multipliers at the values that make it a Llama."""
+    return {
+        "attention_multiplier": head_dim**-0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+
+
+def _refusal(kind: type, error: Exception) -> ConfigError:
+    reason = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".")
+    return ConfigError(
+        f"The plan cannot be exported: {kind.__name__} refuses its counts ({reason}); change the counts."
+    )
+
+
+def _size(shapes: dict[str, torch.Size], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "none"

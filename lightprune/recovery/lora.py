@@ -1,0 +1,192 @@
+"""`LoRARecovery`: low-rank adapters train in place of the cut model's weights, and are merged into them at the end."""
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+
+from lightprune.errors import ConfigError
+from lightprune.pipeline import Part, Stage
+
+if TYPE_CHECKING:
+    from lightprune.recovery.adapters import Adapters, Groups
+
+ALL = "all-linear"
+
+
+class LoRARecovery(Part):
+    """From the last cut on, only low-rank adapters of the language model train; at the end they are merged into it.
+
+    An adapted projection gives W x + (alpha / r) B A x: W [out, in] stands still, A [r, in] begins random and
+    B [out, r] at 0, so that nothing changes at first (LoRA, arXiv 2106.09685, section 4.1). When training ends, W
+    becomes W + (alpha / r) B A, and what is exported is an ordinary model.
+
+    The adapters take the places of the weights they adapt in the optimizers, in the same groups, so that weight decay,
+    schedules and clipping go on; the language model's other parameters leave them, with their moments. Parameters of
+    the module outside the language model train on. The learning rate stays that of the optimizer: adapters want about
+    ten times that of full finetuning, which a `Recovery` beside this sets.
+
+    A checkpoint between the cut and the end holds the adapters, and a resume goes on with them. From one that is saved
+    after the end it begins new ones.
+
+    Needs the extra `lora` (the package `peft`).
+
+    Args:
+        r: rank of the adapters.
+        alpha: how strong they are: they are scaled by `alpha / r`.
+        dropout: on the adapters' input.
+        target_modules: names of the projections to adapt, such as `[q_proj, v_proj]`; "all-linear" is all projections
+            of the layers.
+        use_rslora: scale by `alpha / sqrt(r)` instead (arXiv 2312.03732).
+        seed: of the initial A.
+    """
+
+    stage = Stage.RECOVER
+
+    def __init__(
+        self,
+        r: int = 8,
+        alpha: int = 16,
+        dropout: float = 0.0,
+        target_modules: list[str] | str = ALL,
+        use_rslora: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.r = r
+        self.alpha = alpha
+        self.dropout = dropout
+        self.target_modules = target_modules
+        self.use_rslora = use_rslora
+        self.seed = seed
+        self._adapters: Adapters | None = None
+        self._settings: dict[str, Any] = {}
+        self._before: Groups = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.pipeline._wrap(trainer.strategy, "setup_optimizers", self._setup_optimizers)
+
+    def check(self) -> None:
+        _require_peft()
+        if self.pipeline.cut is None:
+            raise ConfigError(
+                "LoRARecovery begins at the cut, and there is none: add a StructuredCut to trainer.callbacks."
+            )
+        for key in ("r", "alpha"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"LoRARecovery.{key} is {getattr(self, key)}: it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoRARecovery.dropout is {self.dropout}: it must be at least 0 and below 1.")
+        self._targets()
+
+    def advance(self, step: int) -> None:
+        cut = self.pipeline.cut
+        if self._adapters is None and cut is not None and cut.done:
+            self._adapt()
+            self._enter(self.pipeline.trainer)
+
+    def finish(self) -> None:
+        """Merge the adapters: an ordinary model is left, and optimizers that would train its weights anew."""
+        if self._adapters is None:
+            return
+        from lightprune.recovery.adapters import restore
+
+        self._adapters.merge()
+        restore(self.pipeline.trainer.optimizers, self._before)
+        self._adapters, self._before = None, []
+
+    def detach(self) -> None:
+        # What a fit leaves behind, if it is broken off, has to fit its checkpoint.
+        if not self.pipeline.fitting:
+            self.finish()
+
+    def restructure(self, state: Mapping[str, Any]) -> None:
+        settings = state["adapters"]
+        if self._adapters is not None:  # a fit was broken off, and the module is used again
+            self._adapters.remove()
+            self._adapters = None
+        if settings is None:
+            return
+        _require_peft()
+        for key, own in self._resolved().items():
+            if own != settings[key]:
+                raise ConfigError(
+                    f"LoRARecovery.{key} is {own!r}, and the checkpoint's adapters have {settings[key]!r}: set it to "
+                    "that to go on with them."
+                )
+        self._adapt()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adapters": None if self._adapters is None else self._settings}
+
+    def _adapt(self) -> None:
+        from lightprune.recovery.adapters import Adapters
+
+        self._settings = self._resolved()
+        self._adapters = Adapters(
+            self.pipeline.anatomy,
+            self._targets(),
+            r=self.r,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            use_rslora=self.use_rslora,
+            seed=self.seed,
+        )
+        # As Lightning does to all modules of a run before it begins: half precision under `bf16-true`.
+        for module in self._adapters.modules:
+            self.pipeline.trainer.precision_plugin.convert_module(module)
+
+    def _enter(self, trainer: L.Trainer) -> None:
+        """Put the adapters into the optimizers."""
+        from lightprune.recovery.adapters import substitute
+
+        assert self._adapters is not None
+        self._before = substitute(trainer.optimizers, self._adapters.substitutes)
+
+    def _setup_optimizers(self, original: Callable[[L.Trainer], None], trainer: L.Trainer) -> None:
+        """On a resume, let the module make its optimizers as at the start, for the model without adapters."""
+        if self._adapters is None:
+            original(trainer)
+            return
+        with self._adapters.hidden():
+            original(trainer)
+        self._enter(trainer)
+
+    def _resolved(self) -> dict[str, Any]:
+        """What decides the shapes of the adapters and what they do."""
+        return {
+            "r": self.r,
+            "alpha": self.alpha,
+            "use_rslora": self.use_rslora,
+            "target_modules": self._targets(),
+        }
+
+    def _targets(self) -> list[str]:
+        """The projections to adapt, as dotted paths that start at a layer."""
+        from lightprune.recovery.adapters import projections
+
+        available = projections(self.pipeline.anatomy)
+        if self.target_modules == ALL:
+            return available
+        names = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+        for name in names or [""]:
+            if not any(_is_called(path, name) for path in available):
+                raise ConfigError(
+                    f"LoRARecovery.target_modules names {name!r}, which is no projection of a layer: choose from "
+                    f"{', '.join(available)}, or set it to {ALL}."
+                )
+        return [path for path in available if any(_is_called(path, name) for name in names)]
+
+
+def _is_called(path: str, name: str) -> bool:
+    """Whether a dotted path ends in a name, which may be dotted itself."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _require_peft() -> None:
+    if find_spec("peft") is None:
+        raise ConfigError(
+            "LoRARecovery needs the package peft, which is not installed: run `pip install 'lightprune[lora]'`, or "
+            "leave it out of trainer.callbacks."
+        )

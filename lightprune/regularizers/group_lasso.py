@@ -1,0 +1,63 @@
+"""The proximal group lasso: group norms brought to exactly zero, by the proximal step instead of a gradient."""
+
+import torch
+from torch import Tensor
+
+from lightprune.errors import ConfigError
+from lightprune.regularizers.units import UnitRegularizer, per_unit
+
+
+def shrinkage(norms: Tensor, threshold: float) -> Tensor:
+    """The share min(1, tau / ||W_g||) [n] that soft thresholding by tau takes away from groups of these norms [n]."""
+    return (threshold / norms.clamp(min=1e-12)).clamp(max=1)
+
+
+class ProximalGroupLasso(UnitRegularizer):
+    """Shrinks, after each optimizer step, the weights of the units that go by their group soft threshold, in place.
+
+    W_g <- W_g * max(0, 1 - tau / ||W_g||), the proximal operator of tau * ||W_g|| (Yuan and Lin 2006; Parikh and Boyd
+    2014, section 6.5.1), for every coupled group W_g of a unit that the plan removes (`lightprune.groups`), ||.|| its
+    root mean square. Where structures cross, in the weights of a channel in a hidden dimension that both go, each
+    structure's step is taken in turn. Unlike a penalty this reaches exactly zero, and the optimizer's moments, gradient
+    clipping and logged loss know nothing of it.
+
+    With all groups at zero the cut changes nothing, except where a norm counts dimensions that go: hidden dimensions,
+    and the heads of OLMo 2. For these `GateAnnealing` is the exact one.
+
+    Args:
+        strength: None takes from each norm, at every step, its share of the steps left: the norms fall to zero evenly,
+            whatever the gradients do, and are zero after the window's last step. A number lambda is the group lasso's:
+            tau = lambda * the current learning rate of the weight; how far that leads depends on the gradients.
+        start: the optimizer step at which it begins; None as soon as the plan is decided.
+        stop: the optimizer step by which all groups are zero (with strength None); None is the cut's `at`.
+    """
+
+    def __init__(self, strength: float | None = None, start: int | None = None, stop: int | None = None) -> None:
+        super().__init__(start, stop)
+        self.strength = strength
+
+    def check(self) -> None:
+        super().check()
+        if self.strength is not None and self.strength < 0:
+            raise ConfigError(f"ProximalGroupLasso.strength is {self.strength}: it must be at least 0, or null.")
+
+    @torch.no_grad()
+    def project(self) -> None:
+        optimizers = self.pipeline.trainer.optimizers
+        rates = {weight: group["lr"] for o in optimizers for group in o.param_groups for weight in group["params"]}
+        strength, left = self.strength or 0.0, self._steps_left()
+        for group in self._groups:
+            norms = None if self.strength is None else group.norms("l2")
+            for place in group.places:
+                weight = place.weight.parameter
+                rate = rates.get(weight, 0.0)
+                # Without a strength tau is the norm divided by the steps left: the last step leaves exactly zero.
+                share: float | Tensor = 1 / left if norms is None else shrinkage(norms, strength * rate)
+                units = place.units(weight)
+                units.mul_(per_unit(1 - group.removed * share, units))
+
+    def _steps_left(self) -> int:
+        """Optimizer steps until the window is over, the one just made included; 1 from then on."""
+        _, end = self.window(self.pipeline.cycle)
+        assert end is not None
+        return max(end - self.pipeline.step, 1)

@@ -1,0 +1,111 @@
+"""What selectors of width that score on training batches share: sums over the window, synchronised and resumable."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightprune.anatomy import Unit
+from lightprune.errors import ConfigError
+from lightprune.observe import TokenMask
+from lightprune.pipeline import Status
+from lightprune.plan import PruningPlan
+from lightprune.selectors.counts import Keep
+from lightprune.selectors.units import UnitSelector
+
+
+class CalibratedUnitSelector(UnitSelector):
+    """Scores units by sums over the training batches of its window, all in one pass, while the weights stand still.
+
+    The sums are float64 tensors on the model's device; nothing waits for the device before the window closes. Where
+    several ranks train, the sums are those of all of their batches.
+
+    Args:
+        heads: query heads a layer that stay, a count or a ratio; None keeps all of each group that stays.
+        kv_groups: key-value heads a layer that stay, each with its query heads.
+        channels: MLP channels a layer that stay.
+        hidden: hidden dimensions that stay.
+        multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
+        start: the optimizer step at which the window opens.
+        stop: the optimizer step at which it closes.
+    """
+
+    def __init__(
+        self,
+        heads: Keep,
+        kv_groups: Keep,
+        channels: Keep,
+        hidden: Keep,
+        multiple_of: int,
+        start: int,
+        stop: int,
+    ) -> None:
+        super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop, hold_weights=True)
+        self._sums: dict[Unit, Tensor] = {}
+        self._passes = 0
+        self._scored = False  # whether the LM's current forward pass is one to score
+        self._mask = TokenMask()
+
+    @abstractmethod
+    def attach(self, unit: Unit) -> Tensor:
+        """Watch the units of one structure from now on, and give their sums so far: zeros, counts in the first row."""
+
+    @abstractmethod
+    def score(self, unit: Unit, sums: Tensor) -> Tensor:
+        """The scores [L, n], for hidden dimensions [d], that the sums of all ranks amount to."""
+
+    def watch(self) -> None:
+        lm = self.pipeline.lm
+
+        def begin(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            # Asked here and not below: checkpointed layers run without gradients and are still training.
+            self._scored = self.pipeline.training
+            self._passes += self._scored
+
+        self._handles += [lm.register_forward_pre_hook(begin), self._mask.watch(lm)]
+        for unit in self.counts.units:
+            nothing = self.attach(unit)
+            self._sums[unit] = self._sums.get(unit, nothing).to(nothing.device)
+
+    def scores(self) -> Mapping[Unit, Tensor]:
+        totals = self._reduced("sum")
+        if not all(sums[0].any() for sums in totals.values()):
+            raise ConfigError(
+                f"{type(self).__name__} has seen nothing by step {self.stop}: between its `start` and `stop` it needs "
+                "batches that run through the model and have a loss."
+            )
+        return {unit: self.score(unit, sums) for unit, sums in totals.items()}
+
+    def choose(self) -> PruningPlan:
+        plan = super().choose()
+        self._sums = {}
+        return plan
+
+    def status(self) -> Status:
+        return {"scored": self._passes} if self._open else super().status()
+
+    def weights_of_tokens(self, tokens: int, device: torch.device) -> Tensor:
+        """What each of the pass's `tokens`, in the order of the batch, counts for: float32 [N], 0 for padding."""
+        mask = self._mask.mask
+        if mask is None or mask.numel() != tokens:
+            return torch.ones(tokens, device=device)
+        return mask.flatten().to(device, torch.float32)
+
+    def _reduced(self, operation: Literal["sum", "mean"]) -> dict[Unit, Tensor]:
+        """The sums of all ranks together; every rank must ask."""
+        strategy = self.pipeline.trainer.strategy
+        return {unit: strategy.reduce(sums.clone(), reduce_op=operation) for unit, sums in self._sums.items()}
+
+    def scores_state(self) -> dict[str, Any]:
+        # The mean over ranks: each of them takes it back, and together they have the sum again.
+        return {"sums": self._reduced("mean"), "passes": self._passes}
+
+    def load_scores_state(self, state: Mapping[str, Any]) -> None:
+        self._sums, self._passes = dict(state["sums"]), state["passes"]
+
+
+def accumulator(*sizes: int, device: torch.device) -> Tensor:
+    """Zeros to sum in: float64, where the device has it."""
+    return torch.zeros(*sizes, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)

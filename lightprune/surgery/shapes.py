@@ -1,0 +1,36 @@
+"""What the parameters of a model will be once a plan is executed, without executing it."""
+
+from math import prod
+
+import torch
+
+from lightprune.anatomy import Anatomy
+from lightprune.anatomy.axes import length
+from lightprune.plan import PruningPlan
+
+
+def resulting_shapes(anatomy: Anatomy, plan: PruningPlan) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of the cut model; a tied one stands once, under its first name."""
+    of_weights = {
+        weight.path: [None if axis is None else length(axis, plan.shape) for axis in weight.axes]
+        for weight in anatomy.weights()
+    }
+    new_index = {f"{anatomy.family.layers}.{old}.": new for new, old in enumerate(plan.kept_layers)}
+    shapes = {}
+    for name, parameter in anatomy.lm.named_parameters():
+        sizes = of_weights.get(name, [None] * parameter.ndim)
+        shape = torch.Size(
+            old if size is None else size for old, size in zip(parameter.shape, sizes, strict=True)
+        )
+        if name.startswith(anatomy.family.layers + "."):
+            prefix = anatomy.family.layers + "." + name[len(anatomy.family.layers) + 1 :].split(".")[0] + "."
+            if prefix not in new_index:
+                continue
+            name = f"{anatomy.family.layers}.{new_index[prefix]}.{name.removeprefix(prefix)}"
+        shapes[name] = shape
+    return shapes
+
+
+def resulting_parameters(anatomy: Anatomy, plan: PruningPlan) -> int:
+    """How many parameters the cut model has; tied ones count once."""
+    return sum(prod(shape) for shape in resulting_shapes(anatomy, plan).values())

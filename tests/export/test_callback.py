@@ -1,0 +1,117 @@
+"""`ExportHF` in a run: what it writes when training ends, and when it writes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import lightprune.export.callback
+from lightprune.errors import ConfigError
+from lightprune.export import ExportHF
+from tests.export.models import files_in, word_tokenizer
+from tests.families import tiny_lm
+
+
+class Stranger(L.LightningModule):
+    """A module that knows nothing of lightprune."""
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        super().__init__()
+        self.net = torch.nn.ModuleDict({"inner": tiny_lm(num_layers=4)})
+        self.tokenizer = tokenizer
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.net["inner"](batch, labels=batch).loss
+        self.log("my_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module: L.LightningModule, callback: ExportHF, folder: Path) -> None:
+    batches = torch.arange(16).view(2, 1, 8)
+    L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    ).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokenizer", [None, word_tokenizer(), "a name"])
+def test_callback_exports_what_a_stranger_trained(tokenizer: Any, tmp_path: Path) -> None:
+    module = Stranger(tokenizer)
+    fit(module, ExportHF(str(tmp_path / "deep" / "out")), tmp_path)
+
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "out")
+    for name, weight in module.net["inner"].state_dict().items():
+        assert torch.equal(reloaded.state_dict()[name], weight)
+    assert (tmp_path / "deep/out/tokenizer.json").exists() == isinstance(tokenizer, PreTrainedTokenizerFast)
+    card = (tmp_path / "deep/out/README.md").read_text()
+    assert "## Metrics" not in card  # nothing was validated
+    assert "| optimizer steps | 2 |" in card
+
+
+class Validated(Stranger):
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("my_score", float(self.global_step))
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(torch.arange(8).view(1, 1, 8), batch_size=None)  # type: ignore[arg-type]
+
+
+def test_the_card_tells_the_last_validation_and_nothing_of_training(tmp_path: Path) -> None:
+    fit(Validated(), ExportHF(str(tmp_path / "out")), tmp_path)
+
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "|  | last validation |\n| --- | --- |\n| my_score | 2 |" in card
+    assert "my_loss" not in card
+
+
+def test_callback_refuses_before_training(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    module = Stranger()
+    before = module.net["inner"].lm_head.weight.detach().clone()
+
+    with pytest.raises(ConfigError, match="exists already"):
+        fit(module, ExportHF(str(tmp_path / "out")), tmp_path)
+    with pytest.raises(ConfigError, match="dtype 'int4' is unknown"):
+        fit(module, ExportHF(str(tmp_path / "new"), dtype="int4"), tmp_path)  # type: ignore[arg-type]
+    assert torch.equal(module.net["inner"].lm_head.weight, before)
+
+
+class Broken(Stranger):
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        raise ArithmeticError
+
+
+def test_callback_exports_nothing_after_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(ArithmeticError):
+        fit(Broken(), ExportHF(str(tmp_path / "out")), tmp_path)
+    assert files_in(tmp_path) == {}
+
+
+class UncutPipeline:
+    """Stands in for a pipeline whose run ended before its cut."""
+
+    plan = None
+
+    class cut:
+        done = False
+
+
+def test_callback_exports_nothing_when_the_cut_did_not_happen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightprune.export.callback.Pipeline, "of", lambda trainer: UncutPipeline)
+
+    with pytest.warns(UserWarning, match="Nothing is exported to .*ended before the cut"):
+        fit(Stranger(), ExportHF(str(tmp_path / "out")), tmp_path)
+    assert files_in(tmp_path) == {}

@@ -1,0 +1,118 @@
+"""The directory that an export leaves: what is in it, where it may go, and that the model is as it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightprune.anatomy import anatomy_of
+from lightprune.errors import ConfigError
+from lightprune.export import export_hf
+from lightprune.expressible import check_expressible
+from lightprune.plan import PruningPlan
+from tests.export.models import files_in, without_middle_layers, word_tokenizer
+from tests.families import tiny_lm
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    lm = tiny_lm(num_layers=4)
+    lm.config.use_cache = False
+    plan = without_middle_layers(lm)
+
+    path = export_hf(lm, tmp_path / "deep" / "out", tokenizer=word_tokenizer(), plan=plan)
+
+    assert path == tmp_path / "deep" / "out"
+    assert [p.name for p in path.parent.iterdir()] == ["out"]
+    assert PruningPlan.load(path / "pruning_plan.json") == plan
+    assert AutoTokenizer.from_pretrained(path)("w7 w8")["input_ids"] == [7, 8]
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert loaded.config.num_hidden_layers == 2
+    assert loaded.config.use_cache
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
+def test_dtypes(dtype: Any, trained: torch.dtype, tmp_path: Path) -> None:
+    lm = tiny_lm(num_layers=4).to(trained)
+
+    path = export_hf(lm, tmp_path / "out", dtype=dtype)
+
+    expected = trained if dtype is None else getattr(torch, dtype)
+    assert json.loads((path / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
+    reloaded = AutoModelForCausalLM.from_pretrained(path)
+    assert {p.dtype for p in reloaded.parameters()} == {expected}
+    for name, weight in lm.state_dict().items():
+        assert torch.equal(reloaded.state_dict()[name], weight.to(expected))
+
+
+def test_training_goes_on_with_the_same_model(tmp_path: Path) -> None:
+    lm = tiny_lm(num_layers=4)
+    lm.config.use_cache = False
+    lm.model.layers[0].eval()
+    parameters = dict(lm.named_parameters())
+    weights = {name: p.detach().clone() for name, p in parameters.items()}
+    modes = [module.training for module in lm.modules()]
+    config = lm.config.to_dict()
+    optimizer = torch.optim.AdamW(lm.parameters())
+
+    export_hf(lm, tmp_path / "out", dtype="bfloat16")
+
+    assert [module.training for module in lm.modules()] == modes
+    assert lm.config.to_dict() == config
+    for name, parameter in lm.named_parameters():
+        assert parameter is parameters[name]
+        assert torch.equal(parameter, weights[name])
+    lm(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
+    optimizer.step()
+    assert not torch.equal(lm.lm_head.weight, weights["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_tie_counts_not_what_the_config_says_of_it(tied: bool, tmp_path: Path) -> None:
+    lm = tiny_lm(num_layers=2, tie_word_embeddings=not tied)
+    embedding = lm.model.embed_tokens.weight
+    lm.lm_head.weight = embedding if tied else torch.nn.Parameter(embedding.detach() + 1)
+    check_expressible(anatomy_of(lm), PruningPlan.dropping(anatomy_of(lm), [1]))
+
+    loaded = AutoModelForCausalLM.from_pretrained(export_hf(lm, tmp_path / "out"))
+
+    assert loaded.config.tie_word_embeddings == tied
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert torch.equal(loaded.lm_head.weight, lm.lm_head.weight)
+    assert lm.config.tie_word_embeddings == (not tied)
+
+
+@pytest.mark.parametrize("kind", ["export", "empty directory", "file", "other directory"])
+def test_what_exists_is_not_overwritten_unasked(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    if kind == "export":
+        export_hf(tiny_lm("gpt2", num_layers=2), target)
+    elif kind == "file":
+        target.write_text("precious")
+    else:
+        target.mkdir()
+        if kind == "other directory":
+            (target / "precious.txt").write_text("precious")
+    before = files_in(tmp_path)
+
+    with pytest.raises(ConfigError, match=r"exists already.*`overwrite: true`"):
+        export_hf(tiny_lm(num_layers=2), target)
+    assert files_in(tmp_path) == before
+    if kind != "export":
+        with pytest.raises(ConfigError, match="is no Hugging Face model"):
+            export_hf(tiny_lm(num_layers=2), target, overwrite=True)
+        assert files_in(tmp_path) == before
+
+
+def test_overwrite_replaces_an_earlier_export(tmp_path: Path) -> None:
+    export_hf(tiny_lm("gpt2", num_layers=2), tmp_path / "out", plan=None)
+    (tmp_path / "out" / "left over").write_text("")
+
+    export_hf(tiny_lm(num_layers=2), tmp_path / "out", overwrite=True)
+
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
+    assert not (tmp_path / "out" / "left over").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

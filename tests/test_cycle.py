@@ -1,0 +1,123 @@
+"""Several cuts in one run: who decides what, in which order, and what remains."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lightprune as lp
+from lightprune.anatomy import Shape, anatomy_of
+from lightprune.cycle import combined
+from lightprune.masking import masked
+from lightprune.pipeline import Pipeline
+from tests.families import left_padded, tiny_lm
+from tests.training import Plain, Spy, batches, fit, trainer_for
+
+WHOLE = Shape(layers=6, hidden=32, heads=4, kv_groups=2, head_dim=8, channels=48)
+
+
+def channels_of(path: Path, shape: Shape, keep: int, offset: int = 0) -> str:
+    """A plan for a model of this shape that keeps `keep` channels, others in every layer, beginning at `offset`."""
+    lm = tiny_lm(
+        num_layers=shape.layers,
+        intermediate_size=shape.channels,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_groups,
+    )
+    step = [[(offset + layer + 5 * i) % shape.channels for i in range(keep)] for layer in range(shape.layers)]
+    lp.PruningPlan.keeping(anatomy_of(lm), channels=step).save(path)
+    return str(path)
+
+
+def test_layers_then_channels_in_one_fit(tmp_path: Path) -> None:
+    module = Plain(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    path = channels_of(tmp_path / "plan.json", Shape(4, 32, 4, 2, 8, 48), keep=31)
+    seen = Spy(lambda trainer, m: (trainer.global_step, anatomy_of(m.lm).shape, Pipeline.of(trainer).phase))  # type: ignore[union-attr]
+    callbacks = [
+        seen,
+        lp.RandomSelector(drop=2),
+        lp.StructuredCut(at=2),
+        lp.PlanFromFile(path, start=4),
+        lp.StructuredCut(at=6),
+    ]
+    trainer = fit(module, callbacks, batches(8), max_steps=8)
+    shapes = {step: shape for step, shape, _ in seen.seen}
+    # The spy stands in front: it sees a step before the cut that follows it.
+    assert shapes[2] == WHOLE
+    assert shapes[3] == shapes[6] == Shape(4, 32, 4, 2, 8, 48)
+    assert shapes[7] == Shape(4, 32, 4, 2, 8, 31)
+    phases = ["transfer", "transfer", "recover", "select", "transfer", "transfer", "recover", "recover"]
+    assert [phase for _, _, phase in seen.seen] == phases
+    optimizer = trainer.optimizers[0]
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in module.parameters()}
+    for parameter in module.parameters():
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+        assert optimizer.state[parameter]["step"] == 8
+
+
+def test_the_plans_of_several_cuts_are_one_plan_for_the_first_model(tmp_path: Path) -> None:
+    """The original model, masked by what `executed` says, computes what the model cut twice does."""
+    lm = tiny_lm("llama_tied").eval()
+    module = Plain(tiny_lm("llama_tied"), optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    path = channels_of(tmp_path / "plan.json", Shape(5, 32, 4, 2, 8, 48), keep=17)
+    later = channels_of(tmp_path / "later.json", Shape(5, 32, 4, 2, 8, 17), keep=7, offset=3)
+    callbacks = [
+        lp.RandomSelector(drop=1, seed=3),
+        lp.StructuredCut(at=1),
+        lp.PlanFromFile(path, start=2),
+        lp.StructuredCut(at=3),
+        lp.PlanFromFile(later, start=4),
+        lp.StructuredCut(at=4),
+    ]
+    trainer = trainer_for(callbacks, 5)
+    executed: list[Any] = []
+    trainer.callbacks.insert(0, Spy(lambda t, m: executed.append(Pipeline.of(t).executed)))  # type: ignore[attr-defined, union-attr]
+    trainer.fit(module, batches(5), batches(1))
+    plan = executed[-1]
+    assert plan.source == WHOLE
+    assert plan.shape == Shape(5, 32, 4, 2, 8, 7)
+    batch, anatomy = left_padded(), anatomy_of(lm)
+    plan.validate(anatomy)
+    with torch.no_grad(), masked(anatomy, plan):
+        expected = lm(**batch).logits
+    with torch.no_grad():
+        logits = module.lm.eval()(**batch).logits
+    seen = batch["attention_mask"].bool()
+    torch.testing.assert_close(logits[seen], expected[seen], rtol=1e-5, atol=1e-5)
+    # And through JSON.
+    assert lp.PruningPlan.from_json(plan.to_json()) == plan
+
+
+def test_a_regularizer_without_steps_acts_before_every_cut() -> None:
+    annealing = lp.GateAnnealing()
+    alphas = Spy(lambda trainer, m: (trainer.global_step, Pipeline.of(trainer).status().get("alpha")))  # type: ignore[union-attr]
+    callbacks = [
+        alphas,
+        lp.RandomSelector(drop=1),
+        lp.StructuredCut(at=2),
+        lp.RandomSelector(drop=1, start=4),
+        lp.StructuredCut(at=8),
+        annealing,
+    ]
+    module = Plain()
+    cuts = [c for c in callbacks if isinstance(c, lp.StructuredCut)]
+    fit(module, callbacks, batches(9), max_steps=9)
+    for cut in cuts:
+        assert cut.metrics["before"] == pytest.approx(cut.metrics["after"], rel=1e-6)
+    assert [alpha for _, alpha in alphas.seen] == [0.5, 0.0, None, None, 0.75, 0.5, 0.25, 0.0, None]
+    assert anatomy_of(module.lm).num_layers == 4
+
+
+def test_a_resume_with_other_steps_is_refused(tmp_path: Path) -> None:
+    data = batches(4)
+    trainer = fit(Plain(), [lp.RandomSelector(drop=1), lp.StructuredCut(at=2)], data, max_steps=3)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    other = trainer_for([lp.RandomSelector(drop=1), lp.StructuredCut(at=3)], 4)
+    with pytest.raises(lp.ConfigError, match=r"saved with StructuredCut\{'begins': 2\}.*steps that StructuredCut had"):
+        other.fit(Plain(), data, ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_combined_takes_the_smaller_of_every_count() -> None:
+    assert combined(WHOLE, Shape(4, 32, 4, 2, 8, 48), Shape(6, 32, 2, 1, 8, 40)) == Shape(4, 32, 2, 1, 8, 40)
