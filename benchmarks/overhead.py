@@ -1,6 +1,6 @@
 """What lightprune costs, as ratios against plain Lightning on the same model, interleaved, medians.
 
-    make overhead            # some minutes on two cores (Linux); prints a table
+    make overhead            # a quarter of an hour on two cores (Linux); prints a table
 
 The model has SmolLM2-135M's shape and random weights. Every round fits each variant in turn for a few steps, so that a
 machine whose speed drifts slows all of them alike; a variant's time is the median over its steps of all rounds. Memory
@@ -31,11 +31,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import lightprune as lp
 from lightprune.metrics import token_losses
+from lightprune.surgery import cut_model
 
 LAYERS, DROP = 30, 8
 DROPPED = tuple(range(12, 12 + DROP))
 BATCH, BLOCK, VOCABULARY = 2, 256, 49152
 STEPS, WARMUP = 6, 2
+CHANNELS = 1024  # of 1536
 
 
 def build(layers: int) -> PreTrainedModel:
@@ -70,16 +72,21 @@ class Module(L.LightningModule):
 
 
 class StepTimer(Callback):
-    """Seconds of every training step but the first ones after `since`."""
+    """Seconds of every training step but the first ones after `since`, and of its forward and backward passes."""
 
     def __init__(self, since: int = 0) -> None:
         self.since = since
         self.seconds: list[float] = []
+        self.passes: list[float] = []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._start = time.perf_counter()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step >= self.since + WARMUP:
+            self.passes.append(time.perf_counter() - self._start)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,7 +101,7 @@ class FixedPlan(lp.RandomSelector):
     def __init__(self) -> None:
         super().__init__(drop=DROP)
 
-    def choose(self) -> tuple[list[int], dict[str, Any]]:
+    def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         return list(DROPPED), {}
 
 
@@ -108,10 +115,27 @@ def penalty() -> list[Callback]:
     return [FixedPlan(), lp.DifferencePenalty(strength=1e-3, stop=1000)]
 
 
+def before_a_cut(*regularizers: Callback) -> list[Callback]:
+    """A third of the channels of every MLP on their way out; the cut never comes."""
+    return [lp.RandomUnitSelector(channels=CHANNELS), *regularizers, NoCut(at=1000, validate=False)]
+
+
+class NoCut(lp.StructuredCut):
+    """A cut that may lie beyond the end of the run."""
+
+    def check(self) -> None:
+        """Nothing to refuse."""
+
+
 VARIANTS: dict[str, Callable[[], list[Callback]]] = {
     "plain": list,
     "gates": gates,
     "penalty": penalty,
+    "activation scores": lambda: [lp.ActivationUnitSelector(channels=CHANNELS, kv_groups=2, hidden=432, stop=1000)],
+    "taylor scores": lambda: [lp.TaylorUnitSelector(channels=CHANNELS, kv_groups=2, hidden=432, stop=1000)],
+    "group norms": lambda: before_a_cut(lp.GroupNormPenalty()),
+    "proximal": lambda: before_a_cut(lp.ProximalGroupLasso()),
+    "annealing": lambda: before_a_cut(lp.GateAnnealing()),
 }
 
 
@@ -141,6 +165,8 @@ def time_variants(rounds: int) -> dict[str, list[float]]:
         timer = StepTimer()
         fit(dense, [timer, *VARIANTS[name]()], STEPS)
         seconds[name] += timer.seconds
+        if name == "plain":
+            seconds["forward and backward"] += timer.passes
 
     def fresh_small() -> None:
         timer = StepTimer()
@@ -183,10 +209,45 @@ def forward_flops(layers: int) -> float:
     return layers * layer + hidden * VOCABULARY
 
 
+def in_a_process(*arguments: str) -> Any:
+    """What this file prints last when it is run with these arguments."""
+    command = [sys.executable, __file__, *arguments]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
 def peak_memory(variant: str) -> float:
     """Peak resident bytes of a process that trains a few steps of a variant."""
-    command = [sys.executable, __file__, "--memory-of", variant]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return float(in_a_process("--memory-of", variant))
+
+
+def cut_large() -> dict[str, float]:
+    """Cut a random 1.1B-parameter Llama in bfloat16 in every structure: seconds, and peak over the model's bytes."""
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+    )
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    anatomy = lp.anatomy_of(lm)
+    size = 2 * anatomy.num_parameters
+    plan = lp.PruningPlan.keeping(
+        anatomy,
+        layers=[layer for layer in range(22) if layer not in range(10, 14)],
+        heads=[[head for head in range(32) if head // 8 != layer % 4 and head % 8 != layer % 8] for layer in range(22)],
+        channels=[[(layer + 11 * i) % 5632 for i in range(4096)] for layer in range(22)],
+        hidden=[i for i in range(2048) if i % 8],
+    )
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = memory_of("VmRSS")
+    start = time.perf_counter()
+    cut_model(anatomy, plan)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak": (memory_of("VmHWM") - before + size) / size}
+
+
+def memory_of(kind: str) -> int:
+    """Resident bytes of this process, now (VmRSS) or at their highest (VmHWM): what getrusage tells survives exec."""
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else 0
 
 
 def main() -> None:
@@ -194,27 +255,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=tuple(VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--cut-large", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if arguments.memory_of:
         fit(Module(), VARIANTS[arguments.memory_of](), 4)
-        # Not getrusage: what it tells survives exec, and so begins with the parent's peak.
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        print(int(peak.group(1)) * 1024 if peak else 0)
+        print(memory_of("VmHWM"))
         return
+    if arguments.cut_large:
+        print(json.dumps(cut_large()))
+        return
+    large = in_a_process("--cut-large")
     seconds = time_variants(arguments.rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     memory = {name: statistics.median(peak_memory(name) for _ in range(2)) for name in ("plain", "gates", "penalty")}
     flops = forward_flops(LAYERS - DROP) / forward_flops(LAYERS)
+
+    def of_passes(name: str) -> float:
+        return median[name] / median["forward and backward"]
+
     rows = [
         ("step with gates / plain", median["gates"] / median["plain"], "<= 1.03"),
         ("step with difference penalty / plain", median["penalty"] / median["plain"], "<= 1.05"),
+        ("activation scores / forward and backward", of_passes("activation scores"), "<= 1.15"),
+        ("Taylor scores / forward and backward", of_passes("taylor scores"), "<= 1.15"),
+        ("step with group norm penalty / plain", median["group norms"] / median["plain"], "<= 1.05"),
+        ("step with proximal group lasso / plain", median["proximal"] / median["plain"], "<= 1.05"),
+        ("step with annealed channels / plain", median["annealing"] / median["plain"], "<= 1.05"),
         ("peak memory with gates / plain", memory["gates"] / memory["plain"], "<= 1.02"),
         ("peak memory with difference penalty / plain", memory["penalty"] / memory["plain"], "<= 1.02"),
         ("the cut / a training step", median["cut"] / median["plain"], "<= 1"),
         ("speed after the cut / fresh small model", median["fresh small model"] / median["after the cut"], ">= 0.98"),
         ("forward cut / dense, over their FLOPs", median["forward, cut"] / median["forward, dense"] / flops, "<= 1.03"),
+        ("cut of 1.1B parameters in every structure, seconds", large["seconds"], "< 10"),
+        ("its peak memory / the model's", large["peak"], "< 1.3"),
     ]
     print("| what | measured | target |\n|---|---|---|")
     print("\n".join(f"| {name} | {value:.3f} | {target} |" for name, value, target in rows))

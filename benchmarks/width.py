@@ -3,9 +3,9 @@
     python benchmarks/width.py run --text wikitext2-valid.txt --other gsm8k-train.jsonl    # hours on a CPU
     python benchmarks/width.py table                                                       # what is there so far
 
-Targets: MLP 1536 -> 1024 channels; 9 query heads over 3 key-value heads -> 6 over 2; 576 -> 432 hidden dimensions; all of
-them together. The packages `torch-pruning` and `optipfair` (`pip install torch-pruning optipfair`) cut MLPs alone, one-shot,
-to the same parameter count. How rows are run and compared: `benchmarks/quality.py`.
+Targets: MLP 1536 -> 1024 channels; 9 query heads over 3 key-value heads -> 6 over 2; 576 -> 432 hidden dimensions; all
+of them together. The packages `torch-pruning` and `optipfair` (`pip install torch-pruning optipfair`) cut MLPs alone,
+one-shot, to the same parameter count. How rows are run and compared: `benchmarks/quality.py`.
 """
 
 from collections.abc import Callable, Iterator

@@ -9,7 +9,7 @@ from lightprune.pipeline import Pipeline
 from lightprune.plan import PruningPlan
 from lightprune.progress import PruningProgressBar
 from lightprune.random_state import RandomState
-from lightprune.recovery import Recovery
+from lightprune.recovery import LoRARecovery, Recovery
 from lightprune.regularizers import DifferencePenalty, GateAnnealing, GroupNormPenalty, ProximalGroupLasso
 from lightprune.report import RunReport
 from lightprune.selectors import (
@@ -39,6 +39,7 @@ __all__ = [
     "GreedyPerplexitySelector",
     "GroupNormPenalty",
     "LayerGateSelector",
+    "LoRARecovery",
     "MagnitudeUnitSelector",
     "Pipeline",
     "PlanFromFile",

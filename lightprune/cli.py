@@ -75,6 +75,7 @@ class PruningTrainer(pl.Trainer):
             # The pipeline gives the model its shape; states and weights are for us to load.
             checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
             plan = restore(pipeline, checkpoint, source=ckpt_path)
+            pipeline.finish()
             card = card_of(self)
             card["data"] = {"optimizer steps": checkpoint["global_step"]}
             tokenizer = tokenizer_of(self, model)
@@ -203,7 +204,9 @@ def _decision(selector: Selector) -> str:
     """What a selector will take away, as far as that is known before training."""
     plan = selector.foresee() if selector.cycle.index == 0 else None
     if plan is None or "layers" not in plan.structures:
-        return f"{type(selector).__name__} decides about {', '.join(sorted(selector.structures))} at step {selector.stop}."
+        return (
+            f"{type(selector).__name__} decides about {', '.join(sorted(selector.structures))} at step {selector.stop}."
+        )
     return f"Layers that go: {', '.join(map(str, plan.dropped_layers))}."
 
 

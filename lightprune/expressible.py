@@ -167,7 +167,7 @@ def _neutral_multipliers(head_dim: int) -> dict[str, float]:
 def _refusal(kind: type, error: Exception) -> ConfigError:
     reason = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".")
     return ConfigError(
-        f"The plan cannot be exported: {kind.__name__} refuses its counts ({reason}); change the counts."
+        f"The plan cannot be exported: {kind.__name__} refuses it ({reason}); change the counts to keep."
     )
 
 

@@ -3,6 +3,8 @@
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lightprune.pipeline import Pipeline
+
 
 class FinishingCallback(Callback):
     """Calls `finish` exactly once at the end of a fit that succeeds.
@@ -22,6 +24,7 @@ class FinishingCallback(Callback):
         self._finished = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        finish_parts(trainer)
         self.finish(trainer, pl_module)
         self._finished = True
 
@@ -30,6 +33,14 @@ class FinishingCallback(Callback):
             return
         # The strategy has left the module on the CPU, where not every attention implementation runs.
         pl_module.to(trainer.strategy.root_device)
+        finish_parts(trainer)
         self.finish(trainer, pl_module)
         self._finished = True
         pl_module.cpu()
+
+
+def finish_parts(trainer: L.Trainer) -> None:
+    """Let the pruning callbacks leave an ordinary model, wherever in the trainer's list they stand."""
+    pipeline = Pipeline.of(trainer)
+    if pipeline is not None:
+        pipeline.finish()

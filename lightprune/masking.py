@@ -89,11 +89,6 @@ def masked(anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
             bypass.remove()
 
 
-def _fading(removed: Tensor, alpha: Tensor) -> Callable[[], Tensor]:
-    """Factors [n]: alpha, as it is when they are asked for, where a unit goes, 1 where it stays."""
-    return lambda: 1 - removed * (1 - alpha)
-
-
 def scale_input(module: nn.Module, factors: Callable[[], Tensor]) -> RemovableHandle:
     """Multiply a projection's input [..., n] by `factors()` [n]."""
 

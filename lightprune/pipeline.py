@@ -100,6 +100,9 @@ class Part(Callback):
     def detach(self) -> None:
         """Take every hook off the model."""
 
+    def finish(self) -> None:
+        """Leave an ordinary model: training is over, and what it became is written next. Called often; idempotent."""
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         Pipeline.open(trainer, pl_module, stage)
 
@@ -124,6 +127,13 @@ class Part(Callback):
         batch_idx: int,
     ) -> None:
         self.pipeline.advance()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pipeline.finish()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Where a resume finds training over, this is the first hook that is called.
+        self.pipeline.finish()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close(trainer)
@@ -323,6 +333,11 @@ class Pipeline:
     def _cuts_width(cycle: Cycle) -> bool:
         return any(selector.structures - {"layers"} for selector in cycle.selectors)
 
+    def finish(self) -> None:
+        """Let the parts leave an ordinary model. Whoever comes first at the end of training calls it."""
+        for part in self.parts:
+            part.finish()
+
     def attach(self) -> None:
         """Find the model and check every part against it; called once the module has built its layers."""
         _, lm = find_causal_lm(self.module)
@@ -345,7 +360,9 @@ class Pipeline:
         for part in self.parts:
             part.check()
         for shape in shapes[1:]:
-            check_expressible(self.anatomy, PruningPlan.arriving_at(self.anatomy, shape))
+            plan = PruningPlan.arriving_at(self.anatomy, shape)
+            plan.validate(self.anatomy)
+            check_expressible(self.anatomy, plan)
 
     def _wrap_all(self) -> None:
         if self.fitting:
@@ -393,8 +410,8 @@ class Pipeline:
             others = [key for key in states if key.startswith(name + "{") and key not in ours]
             if part.state_key not in states and others:
                 raise ConfigError(
-                    f"The checkpoint was saved with {others[0]}, and this run has {part.state_key}: resume with the steps "
-                    f"that {name} had in the run that saved it."
+                    f"The checkpoint was saved with {others[0]}, and this run has {part.state_key}: resume with the "
+                    f"steps that {name} had in the run that saved it."
                 )
 
     def _backward(

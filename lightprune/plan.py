@@ -23,8 +23,8 @@ _KEPT = ("kept_layers", "kept_heads", "kept_channels", "kept_hidden")
 class PruningPlan:
     """The structures that a model keeps.
 
-    Indices are those of the model that the plan was made for, and ascend. Every layer keeps the same number of heads and
-    channels, though not the same ones. A key-value group stays as long as one of its query heads does.
+    Indices are those of the model that the plan was made for, and ascend. Every layer keeps the same number of heads
+    and channels, though not the same ones. A key-value group stays as long as one of its query heads does.
 
     Attributes:
         model_type: `config.model_type` of that model.
@@ -89,7 +89,7 @@ class PruningPlan:
         return cls.of(
             anatomy,
             layers=range(target.layers),
-            heads=None if (source.heads, source.kv_groups) == (target.heads, target.kv_groups) else [heads] * source.layers,
+            heads=None if source.heads == target.heads else [heads] * source.layers,
             channels=None if source.channels == target.channels else [range(target.channels)] * source.layers,
             hidden=None if source.hidden == target.hidden else range(target.hidden),
         )
@@ -269,8 +269,8 @@ class PruningPlan:
         groups = {len(self.kept("kv_groups", layer)) for layer in range(self.source.layers)}
         if len(groups) > 1:
             raise ConfigError(
-                f"The plan's `kept_heads` keep from {min(groups)} to {max(groups)} key-value groups a layer: every layer "
-                "of a stock model has the same count, so keep as many groups in each."
+                f"The plan's `kept_heads` keep from {min(groups)} to {max(groups)} key-value groups a layer: every "
+                "layer of a stock model has the same count, so keep as many groups in each."
             )
         for layer, heads in enumerate(self.kept_heads):
             of_group = [head // self.source.heads_per_group for head in heads]
@@ -280,8 +280,8 @@ class PruningPlan:
                     f"its groups keep from {min(sizes)} to {max(sizes)} query heads"
                 )
                 raise ConfigError(
-                    f"The plan's `kept_heads[{layer}]` are {_shortened(heads)}: {uneven}; every key-value head must serve "
-                    "the same number of query heads."
+                    f"The plan's `kept_heads[{layer}]` are {_shortened(heads)}: {uneven}; every key-value head must "
+                    "serve the same number of query heads."
                 )
 
     def config(self, anatomy: Anatomy) -> PretrainedConfig:

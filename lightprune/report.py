@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightprune.errors import ConfigError
-from lightprune.finish import FinishingCallback
+from lightprune.finish import FinishingCallback, finish_parts
 from lightprune.host import find_causal_lm, run_validation
 from lightprune.observe import attention_mask_of
 from lightprune.pipeline import Pipeline
@@ -107,6 +107,7 @@ class RunReport(FinishingCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate once more, and finish."""
+        finish_parts(trainer)
         self._metrics["end"] = _validate(trainer)
         super().on_train_end(trainer, pl_module)
 

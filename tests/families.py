@@ -242,7 +242,8 @@ def random_plan(anatomy: Anatomy, structures: Structures, rng: random.Random) ->
         return sorted(rng.sample(range(total), count))
 
     def heads() -> list[int]:
-        return [group * per_group + head for group in some(shape.kv_groups, groups) for head in some(per_group, queries)]
+        kept = some(shape.kv_groups, groups)
+        return [group * per_group + head for group in kept for head in some(per_group, queries)]
 
     channels = rng.randint(1, shape.channels - 1)
     layers = range(shape.layers)

@@ -88,6 +88,7 @@ def callbacks_of(case: dict[str, Any]) -> list[Callback]:
         lp.DifferencePenalty(strength=0.1, ramp="linear"),
         selector,
         lp.Recovery(lr=2e-3, warmup_steps=2, decay="cosine"),
+        *([lp.LoRARecovery(r=2, dropout=0.3)] if case.get("lora") else []),
         RandomState(seed=7),
     ]
 

@@ -183,7 +183,10 @@ CASES: dict[str, tuple[Callable[[], NoStep], Callable[[], list[Callback]], dict[
         r"RandomSelector and BlockInfluenceSelector both select layers",
     ),
     "two cuts at once": (
-        NoStep, lambda: [RandomSelector(drop=1), StructuredCut(at=4), AnotherCut(at=4)], {}, r"more than one.* at step 4",
+        NoStep,
+        lambda: [RandomSelector(drop=1), StructuredCut(at=4), AnotherCut(at=4)],
+        {},
+        r"more than one.* at step 4",
     ),
     "a second cut without a selector": (
         NoStep,

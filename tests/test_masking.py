@@ -1,4 +1,4 @@
-"""Masks on a whole model: at 1 they change nothing, at 0 they compute what the cut model will, between the two alpha."""
+"""Masks on a whole model: at 1 they change nothing, at 0 they compute what the cut model will, between them alpha."""
 
 import copy
 import random
@@ -139,9 +139,7 @@ def test_between_heads_and_channels_count_alpha() -> None:
     scaled = copy.deepcopy(lm)
     assert plan.kept_heads is not None
     assert plan.kept_channels is not None
-    for layer, a, heads, channels in zip(
-        scaled.model.layers, alpha, plan.kept_heads, plan.kept_channels, strict=True
-    ):
+    for layer, a, heads, channels in zip(scaled.model.layers, alpha, plan.kept_heads, plan.kept_channels, strict=True):
         of_heads = factors_of(4, [h for h in range(4) if h not in heads], a)
         scale(layer.self_attn.o_proj, torch.stack([f for f in of_heads for _ in range(8)]), 1)
         scale(layer.mlp.down_proj, factors_of(48, [c for c in range(48) if c not in channels], a), 1)

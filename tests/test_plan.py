@@ -1,4 +1,4 @@
-"""The plan as a value: JSON in and out, what it refuses, and how plans combine. What it foretells is tested with surgery."""
+"""The plan as a value: JSON in and out, refusals, and how plans combine. What it foretells is tested with surgery."""
 
 import dataclasses
 import json
@@ -159,15 +159,13 @@ def test_what_cannot_be_read_is_refused(changes: dict[str, Any], sentence: str) 
 def test_what_is_no_plan_at_all_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid JSON"):
         PruningPlan.from_json("{")
-    with pytest.raises(ConfigError, match="exactly the fields .* has list"):
+    with pytest.raises(ConfigError, match=r"exactly the fields .* has list"):
         PruningPlan.from_json("[]")
-    with pytest.raises(ConfigError, match="no pruning plan at .*nowhere.json.*`path`"):
+    with pytest.raises(ConfigError, match=r"no pruning plan at .*nowhere\.json.*`path`"):
         PruningPlan.load(tmp_path / "nowhere.json")
 
 
 # Refusals
-
-ALL = [[0, 1, 2, 3]] * NUM_LAYERS
 
 
 def with_one(entry: list[int], usual: list[int]) -> list[list[int]]:
@@ -184,9 +182,9 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"heads": with_one([2, 2], [0, 2])}, r"`kept_heads\[4\]` are \[2, 2\]"),
     ({"heads": with_one([], [0, 2])}, r"`kept_heads\[4\]` is empty: no stock class has a layer without its attention"),
     ({"channels": with_one([], [0, 2])}, r"`kept_channels\[4\]` is empty: no stock class has a layer without its MLP"),
-    ({"heads": [[0, 2]] * 5}, "`kept_heads` has 5 entries: .* the model's 6 layers"),
+    ({"heads": [[0, 2]] * 5}, r"`kept_heads` has 5 entries: .* the model's 6 layers"),
     ({"heads": with_one([0, 1, 2, 3], [0, 2])}, "`kept_heads` have from 2 to 4 entries a layer: .* same count"),
-    ({"heads": with_one([0, 1], [0, 2])}, "`kept_heads` keep from 1 to 2 key-value groups a layer: .* as many groups"),
+    ({"heads": with_one([0, 1], [0, 2])}, r"`kept_heads` keep from 1 to 2 key-value groups a layer: .* as many groups"),
     (
         {"heads": [[0, 1, 2]] * NUM_LAYERS},
         r"`kept_heads\[0\]` are \[0, 1, 2\]: 3 query heads do not divide evenly among 2 key-value heads "
@@ -214,8 +212,8 @@ def test_impossible_indices_are_refused(kept: dict[str, Any], sentence: str) -> 
 @pytest.mark.parametrize(
     ("heads", "sentence"),
     [
-        # 5 heads to 2 groups: transformers builds, saves and loads such a model, and fails when it runs.
-        ([0, 1, 2, 3, 4], r"5 query heads do not divide evenly among 2 key-value heads \(nearest: 4 or 6 query heads\)"),
+        # transformers builds, saves and loads a model of 5 heads in 2 groups, and fails when it runs.
+        ([0, 1, 2, 3, 4], r"5 query heads do not divide evenly among 2 key-value heads \(nearest: 4 or 6 query"),
         ([0, 1, 2, 5], r"`kept_heads\[0\]` are \[0, 1, 2, 5\]: its groups keep from 1 to 3 query heads"),
         ([0, 4, 5], r"3 query heads do not divide evenly among 2 key-value heads \(nearest: 2 or 4 query heads\)"),
     ],
@@ -240,7 +238,7 @@ def test_another_model_is_recognized_by_every_count(field: str) -> None:
     plan = PruningPlan.dropping(anatomy, [1])
     count = getattr(plan.source, field)
     other = dataclasses.replace(plan, source=dataclasses.replace(plan.source, **{field: 2 * count}))
-    with pytest.raises(ConfigError, match=f"made for another model: its `{field}` is {2 * count}, the model's is {count}"):
+    with pytest.raises(ConfigError, match=f"made for another .* `{field}` is {2 * count}, the model's is {count}"):
         other.validate(anatomy)
 
 
@@ -253,7 +251,8 @@ def test_another_model_is_recognized_by_its_family() -> None:
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_experts_and_what_they_read_stay(name: str) -> None:
     anatomy = anatomy_of(tiny_lm(name))
-    with pytest.raises(ConfigError, match=f"{anatomy.model_type} can be pruned in heads, kv_groups, layers, .* channels"):
+    sentence = f"{anatomy.model_type} can be pruned in heads, kv_groups, layers, .* removes channels"
+    with pytest.raises(ConfigError, match=sentence):
         PruningPlan.keeping(anatomy, channels=[range(16)] * NUM_LAYERS)
     with pytest.raises(ConfigError, match="the plan removes hidden: leave that out"):
         PruningPlan.keeping(anatomy, hidden=range(16))

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "with block influence": ({"selector": "influence"}, [2, SELECT]),
     "with a round that ends early": ({"rounds": 1, "per round": 8, "patience": 2}, [2, 3, 4, 5, 6]),
     "saved by the validation at the cut": ({"on validation": True}, [CUT + 1]),
+    "with LoRA": ({"lora": True, "dropout": True, "every": 2}, [CUT - 1, CUT + 1, STEPS - 1]),
     "with greedy perplexity": ({"selector": "perplexity"}, [2, SELECT]),
 }
 

@@ -41,7 +41,8 @@ def _nothing(config: PretrainedConfig, plan: "PruningPlan") -> None:
 class Family:
     """The declaration of one family of Hugging Face causal LMs.
 
-    Paths are dotted; those of `weights` and `layer_index` start at a layer, the others at the causal LM. Modules that a model of the family does not have (a bias, an optional norm) are passed over.
+    Paths are dotted; those of `weights` and `layer_index` start at a layer, the others at the causal LM. Modules that
+    a model of the family does not have (an optional norm) are passed over.
 
     Attributes:
         model_types: the `config.model_type` values that share this layout.

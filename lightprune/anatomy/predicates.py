@@ -22,8 +22,8 @@ def heads_divide_hidden(shape: Shape, config: PretrainedConfig) -> str | None:
     if shape.hidden % shape.heads == 0:
         return None
     return (
-        f"{type(config).__name__} refuses {shape.hidden} hidden dimensions with {shape.heads} heads, which do not divide "
-        "them"
+        f"{type(config).__name__} refuses {shape.hidden} hidden dimensions with {shape.heads} heads, "
+        "which do not divide them"
     )
 
 
@@ -32,8 +32,8 @@ def heads_fill_hidden(shape: Shape, config: PretrainedConfig) -> str | None:
     if shape.heads * shape.head_dim == shape.hidden:
         return None
     return (
-        f"{type(config).__name__} has no head_dim of its own, so {shape.heads} heads of {shape.head_dim} dimensions need "
-        f"exactly {shape.heads * shape.head_dim} hidden dimensions, not {shape.hidden}"
+        f"{type(config).__name__} has no head_dim of its own, so {shape.heads} heads of {shape.head_dim} dimensions "
+        f"need exactly {shape.heads * shape.head_dim} hidden dimensions, not {shape.hidden}"
     )
 
 
@@ -42,8 +42,8 @@ def query_norm_fits(shape: Shape, config: PretrainedConfig) -> str | None:
     if not config.qk_layernorm or shape.hidden // shape.heads == shape.head_dim:
         return None
     return (
-        f"with qk_layernorm, {type(config).__name__} needs hidden // heads to be {shape.head_dim}, and {shape.hidden} // "
-        f"{shape.heads} is {shape.hidden // shape.heads}"
+        f"with qk_layernorm, {type(config).__name__} needs hidden // heads to be {shape.head_dim}, "
+        f"and {shape.hidden} // {shape.heads} is {shape.hidden // shape.heads}"
     )
 
 
@@ -57,8 +57,8 @@ def long_rope_fits(shape: Shape, config: PretrainedConfig) -> str | None:
     if dimensions // 2 == len(factors):
         return None
     return (
-        f"{type(config).__name__} holds {len(factors)} longrope factors and would need {dimensions // 2} for {shape.hidden} "
-        f"hidden dimensions with {shape.heads} heads"
+        f"{type(config).__name__} holds {len(factors)} longrope factors and would need {dimensions // 2} "
+        f"for {shape.hidden} hidden dimensions with {shape.heads} heads"
     )
 
 
@@ -73,9 +73,9 @@ def projections_stay(shape: Shape, config: PretrainedConfig) -> str | None:
 
 
 def nearest(shape: Shape, source: Shape, fits: Callable[[Shape], bool]) -> list[Shape]:
-    """What can be had of `source` instead of `shape`: other hidden dimensions with its heads, other heads with its hidden.
+    """What can be had instead of `shape`: other hidden dimensions with its heads, and other heads with its dimensions.
 
-    Where neither can be, both may change. Groups keep as many query heads as in `shape`.
+    Where neither can be, both change. Groups keep as many query heads as in `shape`.
 
     Args:
         shape: counts that the model's class cannot express.

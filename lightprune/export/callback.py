@@ -58,7 +58,7 @@ class ExportHF(FinishingCallback):
                 find_causal_lm(pl_module)[1],
                 self.path,
                 tokenizer=tokenizer_of(trainer, pl_module),
-                plan=pipeline.plan if pipeline is not None else None,
+                plan=None if pipeline is None else pipeline.executed,
                 card=card_of(trainer, last_validation=self._last_validation),
                 overwrite=self.overwrite,
                 dtype=self.dtype,
@@ -74,14 +74,17 @@ def card_of(trainer: L.Trainer, *, last_validation: Mapping[str, float] | None =
         last_validation: what the last validation logged, by name.
     """
     pipeline = Pipeline.of(trainer)
-    cut = pipeline.cut if pipeline is not None else None
-    metrics = {} if cut is None else {f"{moment} the cut": values for moment, values in cut.metrics.items()}
+    cuts = [] if pipeline is None else [cut for cut in pipeline.cuts if cut.done]
+    metrics: dict[str, Mapping[str, float]] = {}
+    for number, cut in enumerate(cuts, start=1):
+        name = "the cut" if len(cuts) == 1 else f"cut {number}"
+        metrics |= {f"{moment} {name}": values for moment, values in cut.metrics.items()}
     data: dict[str, Any] = {"optimizer steps": trainer.global_step}
     domains = getattr(getattr(trainer, "datamodule", None), "domain_names", ())
     if domains:
         data["domains"] = ", ".join(domains)
     return Card(
-        parameters=cut.parameters if cut is not None else {},
+        parameters=cuts[-1].parameters | {"before": cuts[0].parameters["before"]} if cuts else {},
         data=data,
         metrics=metrics | {"last validation": last_validation or {}},
     )

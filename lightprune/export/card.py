@@ -83,7 +83,7 @@ def _selection_section(plan: PruningPlan) -> list[str]:
     return [
         "## What was removed",
         f"{_removed(plan)} `pruning_plan.json` holds the plan and how it came about, scores included.",
-        *(_table(("selection", ""), settings) for settings in map(_settings, _parts(plan)) if settings),
+        *(_table(("selection", ""), settings) for settings in map(_settings, _selections(plan.provenance)) if settings),
     ]
 
 
@@ -101,10 +101,10 @@ def _removed(plan: PruningPlan) -> str:
     return " ".join(sentences) or "Nothing."
 
 
-def _parts(plan: PruningPlan) -> list[Mapping[str, Any]]:
-    """How each part of a plan came about: one selector's, or those of several."""
-    parts: list[Mapping[str, Any]] = plan.provenance.get("parts", [plan.provenance])
-    return parts
+def _selections(provenance: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """How each selector came to its part of a plan: several may share a cut, and a run may have several cuts."""
+    nested = [*provenance.get("cuts", ()), *provenance.get("parts", ())]
+    return [selection for entry in nested for selection in _selections(entry)] if nested else [provenance]
 
 
 def _settings(provenance: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -82,6 +82,5 @@ def _twin(lm: PreTrainedModel, form: StockForm, replaced: Mapping[str, Tensor]) 
     """The stock class with the model's own tensors, but for those that are replaced."""
     twin = form.build()
     twin.load_state_dict(lm.state_dict() | dict(replaced), assign=True)
-    twin.tie_weights()
     twin.generation_config = copy.deepcopy(lm.generation_config)
     return twin

@@ -1,4 +1,7 @@
-"""`LoRARecovery`: low-rank adapters train in place of the cut model's weights, and are merged into them at the end."""
+"""`LoRARecovery`: low-rank adapters train in place of the cut model's weights, and are merged into them at the end.
+
+`peft` comes with an extra, so what needs it is imported where it is used.
+"""
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec

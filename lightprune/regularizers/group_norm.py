@@ -15,10 +15,11 @@ from lightprune.regularizers.units import RemovedGroups, UnitRegularizer
 
 def mean_norms(groups: Sequence[RemovedGroups], norm: Norm) -> dict[Unit, Tensor]:
     """Of each structure, the mean group norm [] of the units that go, over all layers; gradients reach the weights."""
-    norms: dict[Unit, list[Tensor]] = {}
+    sums: dict[Unit, list[Tensor]] = {}
     for group in groups:
-        norms.setdefault(group.unit, []).append(group.norms(norm)[group.removed])
-    return {unit: torch.cat(of_layers).mean() for unit, of_layers in norms.items()}
+        sums.setdefault(group.unit, []).append((group.norms(norm) * group.removed).sum())
+    counts = {unit: sum(group.count for group in groups if group.unit == unit) for unit in sums}
+    return {unit: torch.stack(of_layers).sum() / counts[unit] for unit, of_layers in sums.items()}
 
 
 class GroupNormPenalty(UnitRegularizer):
@@ -32,6 +33,8 @@ class GroupNormPenalty(UnitRegularizer):
 
     Args:
         strength: lambda, against a loss in nats per token: with `relative`, what a structure adds as the window begins.
+            It is spread thin, over all weights that go: on a third of the channels of SmolLM2-135M, the default pulls
+            about as hard as the gradient of 1,024 tokens does. Weights that stay are not pulled on.
         norm: "l2" or "l1".
         ramp: "constant", or "linear" from 0 to `strength` through the window.
         relative: divide each structure's mean by what it was when the window began, so that `strength` does not depend
@@ -42,7 +45,7 @@ class GroupNormPenalty(UnitRegularizer):
 
     def __init__(
         self,
-        strength: float = 1.0,
+        strength: float = 1e3,
         norm: Norm = "l2",
         ramp: Literal["constant", "linear"] = "constant",
         relative: bool = True,

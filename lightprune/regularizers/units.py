@@ -20,12 +20,14 @@ class RemovedGroups:
     Attributes:
         unit: the structure.
         places: where its n units lie.
-        removed: bool [n], True where a unit goes.
+        removed: bool [n], True where a unit goes. A mask and no indices: these would have to be waited for on a GPU.
+        count: how many units go.
     """
 
     unit: Unit
     places: Sequence[Coupled]
     removed: Tensor
+    count: int
 
     @property
     def size(self) -> int:
@@ -50,7 +52,7 @@ def removed_groups(anatomy: Anatomy, plan: PruningPlan) -> list[RemovedGroups]:
                 places = [p for p in coupled(anatomy, unit, layer) if p.weight.layer not in plan.dropped_layers]
                 removed = torch.zeros(plan.source.count(unit), dtype=torch.bool)
                 removed[units] = True
-                found.append(RemovedGroups(unit, places, removed.to(anatomy.lm.device)))
+                found.append(RemovedGroups(unit, places, removed.to(anatomy.lm.device), len(units)))
     return found
 
 
@@ -78,7 +80,7 @@ def shares(groups: Sequence[RemovedGroups]) -> dict[Unit, float]:
     with torch.no_grad():
         for group in groups:
             squares = group.size * group.norms("l2").square()
-            sums.setdefault(group.unit, []).append(torch.stack([squares[group.removed].sum(), squares.sum()]))
+            sums.setdefault(group.unit, []).append(torch.stack([(squares * group.removed).sum(), squares.sum()]))
     totals = {unit: torch.stack(parts).sum(0).tolist() for unit, parts in sums.items()}
     return {unit: removed / every if every else 0.0 for unit, (removed, every) in totals.items()}
 

@@ -32,8 +32,8 @@ class PlanFromFile(Selector):
             plan.validate(self.pipeline.anatomy)
         if plan.source != source:
             raise ConfigError(
-                f"The plan in PlanFromFile.path={self.path!r} was made for a model of {plan.source}, and by then this one "
-                f"is {source}: choose the plan that belongs to it."
+                f"The plan in PlanFromFile.path={self.path!r} was made for a model of {plan.source}, and by then this "
+                f"one is {source}: choose the plan that belongs to it."
             )
         return plan.shape
 

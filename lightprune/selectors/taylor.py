@@ -52,17 +52,14 @@ class TaylorUnitSelector(CalibratedUnitSelector):
         self.accumulate: Accumulate = accumulate
         self._gates: dict[Unit, Tensor] = {}
 
-    def watch(self) -> None:
-        super().watch()
-        self._handles.append(self.pipeline.lm.get_input_embeddings().register_forward_hook(self._let_gradients_pass))
-
     def attach(self, unit: Unit) -> Tensor:
         anatomy = self.pipeline.anatomy
         layers = 1 if unit == "hidden" else anatomy.num_layers
         gates = torch.ones(layers, anatomy.shape.count(unit), device=anatomy.lm.device, requires_grad=True)
         for site in anatomy.sites():
-            if unit == "hidden" and site.writes_hidden:
-                self._handles.append(site.module.register_forward_hook(self._gate_output(gates)))
+            if unit == "hidden":
+                if site.writes_hidden:
+                    self._handles.append(site.module.register_forward_hook(self._gate_output(gates)))
             elif site.layer is not None and site.reads(HEADS if unit == "heads" else CHANNELS):
                 self._handles.append(site.module.register_forward_pre_hook(self._gate_input(gates, site.layer)))
         self._gates[unit] = gates
@@ -85,11 +82,6 @@ class TaylorUnitSelector(CalibratedUnitSelector):
             return activation
         weights = self.weights_of_tokens(activation[..., 0].numel(), activation.device)
         return cast(Tensor, _Gate.apply(activation, gates, weights))  # type: ignore[no-untyped-call]
-
-    def _let_gradients_pass(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Reentrant checkpointing gives layers no gradients unless their input wants some; the weights stand still."""
-        if self._scored and torch.is_grad_enabled():
-            output.requires_grad_()
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         gradients = {unit: gates.grad for unit, gates in self._gates.items() if gates.grad is not None}

@@ -19,9 +19,7 @@ def resulting_shapes(anatomy: Anatomy, plan: PruningPlan) -> dict[str, torch.Siz
     shapes = {}
     for name, parameter in anatomy.lm.named_parameters():
         sizes = of_weights.get(name, [None] * parameter.ndim)
-        shape = torch.Size(
-            old if size is None else size for old, size in zip(parameter.shape, sizes, strict=True)
-        )
+        shape = torch.Size(old if size is None else size for old, size in zip(parameter.shape, sizes, strict=True))
         if name.startswith(anatomy.family.layers + "."):
             prefix = anatomy.family.layers + "." + name[len(anatomy.family.layers) + 1 :].split(".")[0] + "."
             if prefix not in new_index:

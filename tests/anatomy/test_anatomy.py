@@ -61,9 +61,7 @@ def test_what_a_config_leaves_out() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_structures(name: str) -> None:
     structures = anatomy_of(tiny_lm(name)).family.structures
-    assert structures - {"kv_groups"} == {"layers", "heads"} | (
-        set() if name in MIXTURES else {"channels", "hidden"}
-    )
+    assert structures - {"kv_groups"} == {"layers", "heads"} | (set() if name in MIXTURES else {"channels", "hidden"})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -159,6 +157,9 @@ def test_unknown_family_is_refused_with_the_known_ones() -> None:
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         head_dim=8, vocab_size=32,
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"'gemma'.*gemma2, gemma3_text, gpt2, gpt_neox, granite, llama, mistral, mixtral, olmo2, opt, phi, phi3, "
-        "qwen2, qwen3, qwen3_moe, smollm3"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'gemma'.*gemma2, gemma3_text, gpt2, gpt_neox, granite, llama, mistral, mixtral, olmo2, opt, phi, phi3, "
+        "qwen2, qwen3, qwen3_moe, smollm3",
+    ):
         anatomy_of(AutoModelForCausalLM.from_config(config))

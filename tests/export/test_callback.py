@@ -10,10 +10,15 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import lightprune.export.callback
+from lightprune.cut import StructuredCut
 from lightprune.errors import ConfigError
 from lightprune.export import ExportHF
+from lightprune.plan import PruningPlan
+from lightprune.selectors import RandomSelector
 from tests.export.models import files_in, word_tokenizer
 from tests.families import tiny_lm
+from tests.training import Plain, batches
+from tests.training import fit as fit_plain
 
 
 class Stranger(L.LightningModule):
@@ -98,6 +103,31 @@ def test_callback_exports_nothing_after_an_exception(tmp_path: Path) -> None:
     with pytest.raises(ArithmeticError):
         fit(Broken(), ExportHF(str(tmp_path / "out")), tmp_path)
     assert files_in(tmp_path) == {}
+
+
+def test_the_plan_and_the_card_are_those_of_all_cuts(tmp_path: Path) -> None:
+    module, data = Plain(tiny_lm(num_layers=5)), batches(3)
+    before = module.lm.num_parameters()
+    callbacks = [
+        RandomSelector(drop=2, seed=1),
+        StructuredCut(at=1),
+        RandomSelector(drop=1, seed=2, start=2),
+        StructuredCut(at=2),
+        ExportHF(str(tmp_path / "out")),
+    ]
+    fit_plain(module, callbacks, data, max_steps=3)
+
+    plan = PruningPlan.load(tmp_path / "out" / "pruning_plan.json")
+    assert (plan.source.layers, plan.shape.layers) == (5, 2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in (
+        "| layers | 5 | 2 |",
+        f"| parameters | {before:,} | {module.lm.num_parameters():,} |",
+        "|  | before cut 1 | after cut 1 | before cut 2 | after cut 2 | last validation |",
+        "| seed | 1 |",
+        "| seed | 2 |",
+    ):
+        assert line in card, card
 
 
 class UncutPipeline:

@@ -72,6 +72,26 @@ def test_a_cut_in_width() -> None:
     assert "Layers" not in card
 
 
+def test_a_plan_of_several_cuts() -> None:
+    lm = tiny_lm(num_layers=4)
+    anatomy = anatomy_of(lm)
+    first = PruningPlan.dropping(anatomy, [3], selector="A").merged(
+        PruningPlan.keeping(anatomy, hidden=range(20), selector="B")
+    )
+    cut_model(anatomy, first)
+    second = PruningPlan.dropping(anatomy, [1], selector="C")
+    cut_model(anatomy, second)
+
+    card = model_card(lm, first.then(second), {})
+
+    assert "Layers 1, 3, counted from 0. 12 of 32 hidden dimensions. `pruning_plan.json`" in card
+    assert [line for line in card.splitlines() if line.startswith("| selector")] == [
+        "| selector | A |",
+        "| selector | B |",
+        "| selector | C |",
+    ]
+
+
 def test_a_base_model_from_the_hub() -> None:
     lm = tiny_lm(num_layers=2)
     lm.name_or_path = "org/name"

@@ -1,4 +1,4 @@
-"""Mistakes that transformers only reports, or does not notice at all. Numbers are those of the list of known traps."""
+"""Mistakes that transformers only reports, or does not notice at all."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tests.logits import assert_same, logits_of
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "phi3"])
 def test_a_forgotten_number_of_layers(name: str, tmp_path: Path) -> None:
-    """1: the reloaded model has random layers at its end, and transformers a warning."""
+    """The reloaded model has random layers at its end, and transformers a warning."""
     lm = tiny_lm(name)
     anatomy = anatomy_of(lm)
     cut_model(anatomy, PruningPlan.dropping(anatomy, [2, 4]))
@@ -31,7 +31,7 @@ def test_a_forgotten_number_of_layers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("drop", [[0], [1], [3], [1, 2, 5], [0, 3, 4]], ids=str)
 def test_a_mixture_whose_dense_layers_move(drop: list[int], tmp_path: Path) -> None:
-    """5: every second layer of this mixture is dense, counted anew once layers are gone, and one more by name."""
+    """Every second layer of this mixture is dense, counted anew once layers are gone, and one more by name."""
     lm, batch = tiny_lm("qwen3_moe").eval(), left_padded()
     anatomy = anatomy_of(lm)
     kinds = [type(layer.mlp).__name__ for layer in lm.model.layers]
@@ -48,7 +48,7 @@ def test_a_mixture_whose_dense_layers_move(drop: list[int], tmp_path: Path) -> N
 
 
 def test_a_projection_of_opt_that_would_be_dropped(tmp_path: Path) -> None:
-    """8: with as many hidden as embedding dimensions OPT has no projections, and takes no notice of those on disk."""
+    """With as many hidden as embedding dimensions OPT has no projections, and takes no notice of those on disk."""
     lm, batch = tiny_lm("opt_projected").eval(), left_padded()
     anatomy = anatomy_of(lm)
     assert (anatomy.shape.hidden, lm.config.word_embed_proj_dim) == (32, 16)
@@ -76,7 +76,7 @@ RENAMED = {
 
 @pytest.mark.parametrize("name", RENAMED)
 def test_names_on_disk_are_not_those_in_memory(name: str, tmp_path: Path) -> None:
-    """14: the directory has the names that the family's checkpoints have, and all of its numbers."""
+    """The directory has the names that the family's checkpoints have, and all of its numbers."""
     lm = tiny_lm(name).eval()
     anatomy = anatomy_of(lm)
     cut_model(anatomy, PruningPlan.dropping(anatomy, [0, 4]))

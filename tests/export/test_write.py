@@ -1,6 +1,7 @@
 """The directory that an export leaves: what is in it, where it may go, and that the model is as it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightprune.errors import ConfigError
 from lightprune.export import export_hf
 from lightprune.expressible import check_expressible
 from lightprune.plan import PruningPlan
+from lightprune.surgery import cut_model
 from tests.export.models import files_in, without_middle_layers, word_tokenizer
 from tests.families import tiny_lm
 
@@ -83,6 +85,17 @@ def test_the_tie_counts_not_what_the_config_says_of_it(tied: bool, tmp_path: Pat
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert torch.equal(loaded.lm_head.weight, lm.lm_head.weight)
     assert lm.config.tie_word_embeddings == (not tied)
+
+
+def test_a_model_that_no_class_can_hold(tmp_path: Path) -> None:
+    lm = tiny_lm("gemma2", num_layers=2)
+    anatomy = anatomy_of(lm)
+    unchecked = replace(anatomy, family=replace(anatomy.family, predicates=()))
+    cut_model(unchecked, PruningPlan.keeping(unchecked, hidden=range(30)))
+
+    with pytest.raises(ConfigError, match=r"Gemma2Config refuses it \(The hidden size \(30\) is not a multiple"):
+        export_hf(lm, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["export", "empty directory", "file", "other directory"])

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import AutoModelForCausalLM
 
-from lightprune import ConfigError, ExportHF, RandomSelector, RandomState, Recovery, StructuredCut
+from lightprune import ConfigError, ExportHF, RandomSelector, RandomState, RandomUnitSelector, Recovery, StructuredCut
 from lightprune.recovery import LoRARecovery
 from tests.families import tiny_lm
 from tests.resume_run import Shuffled
@@ -70,6 +70,7 @@ def run(folder: Path, case: dict[str, Any], *first: Callback, seed: int = 0, max
             *([Recovery(lr=0.02, decay="linear")] if case.get("recovery") else []),
             StructuredCut(at=CUT, validate=on_validation),
             RandomSelector(drop=3),
+            *([RandomUnitSelector(**case["units"])] if "units" in case else []),
             RandomState(seed=7),
             ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=False)
             if on_validation
@@ -112,8 +113,8 @@ def assert_same(left: Any, right: Any) -> None:
 
 CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "before the cut": ({}, [CUT - 1]),
-    "at the cut": ({"recovery": True}, [CUT]),
-    "everywhere, Conv1D": ({"family": "gpt2", "accumulate": 2}, [CUT, CUT + 1, STEPS - 1]),
+    "at the cut": ({"recovery": True, "units": {"hidden": 16, "kv_groups": 1}}, [CUT]),
+    "everywhere, Conv1D": ({"family": "gpt2", "accumulate": 2, "units": {"channels": 24}}, [CUT, CUT + 1, STEPS - 1]),
     "groups by name": ({"optimizer": trainable_in_groups, "trainer": {"gradient_clip_val": 0.1}}, [CUT + 2]),
     "dropout, some projections": (
         {"settings": {"dropout": 0.3, "target_modules": ["q_proj", "down_proj"]}, "recovery": True},

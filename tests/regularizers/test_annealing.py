@@ -171,6 +171,19 @@ def test_no_jump_at_the_cut(name: str, structures: tuple[str, ...], tmp_path: An
     assert cut.metrics["after"]["val/loss"] == pytest.approx(cut.metrics["before"]["val/loss"], rel=1e-5)
 
 
+def test_every_cut_has_a_window_of_its_own(tmp_path: Any) -> None:
+    """One of a single step for layers, and another for channels."""
+    lm, smaller = tiny_lm("llama_tied"), tiny_lm("llama_tied", num_layers=4)
+    later = PruningPlan.keeping(anatomy_of(smaller), channels=[range(40)] * 4)
+    later.save(tmp_path / "later.json")
+    cuts = [StructuredCut(at=1), StructuredCut(at=3)]
+    selectors = [plan_of(lm, tmp_path), PlanFromFile(str(tmp_path / "later.json"), start=2)]
+    fit(Plain(lm), [*selectors, GateAnnealing(), *cuts], batches(3), max_steps=3)
+    assert anatomy_of(lm).shape.channels == 40
+    for cut in cuts:
+        assert cut.metrics["after"]["val/loss"] == pytest.approx(cut.metrics["before"]["val/loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("units", "hooked"),
     [

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -105,6 +107,19 @@ def test_units_that_are_empty_are_those_that_go(name: str, family: str) -> None:
     assert selector.plan.removed("hidden", 0) == dead["hidden"][0]
 
 
+def test_keys_and_values_count_in_the_magnitude_of_their_group() -> None:
+    lm = tiny_lm("llama_tied")
+    with torch.no_grad():
+        for index, layer in enumerate(lm.model.layers):
+            own = slice(8 * (index % 2), 8 * (index % 2) + 8)
+            layer.self_attn.k_proj.weight[own] *= 10
+            layer.self_attn.v_proj.weight[own] *= 10
+    selector = MagnitudeUnitSelector(kv_groups=1)
+    fit(Plain(lm), [selector], batches(1), max_steps=1)
+    assert selector.plan is not None
+    assert [list(selector.plan.kept("kv_groups", layer)) for layer in range(NUM_LAYERS)] == [[0], [1]] * 3
+
+
 def test_selectors_of_different_structures_make_one_plan_together() -> None:
     """Windows of different lengths: the weights stand still until the last of them closes."""
     module = Plain(tiny_lm("llama_tied"))
@@ -141,10 +156,18 @@ def test_no_structure_is_selected_twice(rivals: Any) -> None:
         fit(Plain(), [*rivals(), StructuredCut(at=2)], batches(1), max_steps=2)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
-def test_what_the_class_cannot_hold_is_refused_before_the_first_step(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "keep", "message"),
+    [
+        ("llama_tied", {"heads": 3}, "nearest: 2 or 4 query heads"),
+        ("gpt2", {"hidden": 16}, "nearest: 4 heads with 32"),
+        ("mixtral", {"channels": 16}, "mixtral can be pruned in heads, kv_groups, layers, .* removes channels"),
+    ],
+)
+def test_what_the_class_cannot_hold_is_refused_before_the_first_step(
+    name: str, keep: dict[str, Any], message: str
+) -> None:
     spy = Spy(lambda *_: None, "on_train_batch_start")
-    keep, message = {"llama_tied": ({"heads": 3}, "nearest"), "gpt2": ({"hidden": 16}, "cannot be exported")}[name]
     with pytest.raises(ConfigError, match=message):
         fit(Plain(tiny_lm(name)), [spy, RandomUnitSelector(**keep), StructuredCut(at=1)], batches(1), max_steps=1)
     assert spy.seen == []
@@ -253,6 +276,18 @@ def test_plans_that_need_no_batches_are_foreseen() -> None:
             assert plan.kept_channels == selector.plan.kept_channels
         else:
             assert plan is None
+
+
+@pytest.mark.parametrize(("written", "kept"), [("24", 24), ("0.5", 32), ("1", 1)])
+def test_counts_and_ratios_come_from_a_command_line_as_they_are_written(written: str, kept: int) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Callback, "selector")
+    values = parser.parse_args(
+        ["--selector=lightprune.MagnitudeUnitSelector", f"--selector.channels={written}", "--selector.multiple_of=16"]
+    )
+    selector = parser.instantiate(values).selector
+    fit(Plain(), [selector], batches(1), max_steps=1)
+    assert selector.plan.shape.channels == kept
 
 
 def test_a_second_cut_scores_what_the_first_has_left() -> None:

@@ -13,7 +13,7 @@ from lightprune import ActivationUnitSelector, ConfigError, MagnitudeUnitSelecto
 from lightprune.anatomy import Unit, anatomy_of
 from lightprune.groups import unit_norms
 from lightprune.selectors.units import UnitSelector
-from tests.families import NUM_LAYERS, left_padded, tiny_lm
+from tests.families import FAMILIES, NUM_LAYERS, left_padded, tiny_lm
 from tests.training import Batch, Plain, Spy, assert_equal, batches, fit, weights
 
 pytestmark = [
@@ -258,6 +258,20 @@ def test_magnitudes_are_the_norms_of_coupled_groups(norm: Any) -> None:
         torch.testing.assert_close(values, expected)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_unit_of_every_family_is_seen(name: str) -> None:
+    """Nothing goes here: what a family can lose is another matter."""
+    counts = {"heads": 4} if name in ("mixtral", "qwen3_moe") else {"heads": 4, "channels": 48, "hidden": 32}
+    for kind in (ActivationUnitSelector, TaylorUnitSelector):
+        selector = kind(**counts, stop=1)
+        spy = Spy(lambda *_, selector=selector: selector.scores())
+        fit(Plain(tiny_lm(name, num_layers=2)), [spy, selector], padded(1), max_steps=1)
+        for unit, scores in spy.seen[0].items():
+            assert scores.shape == ((32,) if unit == "hidden" else (2, counts[unit]))
+            assert scores.isfinite().all()
+            assert (scores > 0).float().mean() > 0.8  # a ReLU may leave a channel silent
+
+
 # The settings of a run that must not change what is seen.
 
 
@@ -297,6 +311,15 @@ def test_gradient_checkpointing_changes_nothing(index: int, reentrant: bool) -> 
     lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
     checkpointed = fitted(lm, every_selector()[index], padded(2))
     assert_scores(checkpointed, fitted(tiny_lm(), every_selector()[index], padded(2)))
+
+
+def test_reentrant_checkpointing_gives_gates_gradients_though_no_weight_wants_any() -> None:
+    lm = tiny_lm()
+    lm.gradient_checkpointing_enable({"use_reentrant": True})
+    checkpointed, stock = (
+        fitted(model, TaylorUnitSelector(channels=16, stop=2), padded(2))["channels"] for model in (lm, tiny_lm())
+    )
+    torch.testing.assert_close(checkpointed, stock)
 
 
 class Sampler(Plain):

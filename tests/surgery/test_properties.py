@@ -33,13 +33,10 @@ HEAD_DIMS = {
 }
 
 
-
 def examples(count: int) -> settings:
     """The same examples in every run."""
     unhurried = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-    return settings(
-        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=unhurried
-    )
+    return settings(max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=unhurried)
 
 
 @st.composite

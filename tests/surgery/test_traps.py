@@ -170,17 +170,26 @@ def test_attention_knows_how_many_heads_are_left(name: str) -> None:
     assert_same(logits_of(smaller, left_padded()), expected_logits(lm, plan))
 
 
+def test_channels_do_not_shrink_with_the_hidden_dimensions() -> None:
+    """GPT-2 without `n_inner` has four times as many channels as hidden dimensions: a reload would expect fewer."""
+    lm = tiny_lm("gpt2", n_inner=None)
+    smaller = cut(lm, plan := plan_for(lm, "kv_groups", "hidden"))
+    assert smaller.config.n_inner == 4 * 32
+    assert_same(logits_of(reloaded(smaller), left_padded()), expected_logits(lm, plan))
+
+
 def test_every_segment_of_a_fused_projection_is_cut() -> None:
     """Phi3: queries, then keys, then values; gate, then up."""
     lm = tiny_lm("phi3")
-    plan = PruningPlan.keeping(
-        anatomy_of(lm), heads=[[2, 3]] * NUM_LAYERS, channels=[[0, 5, 47]] * NUM_LAYERS
-    )  # group 1 of 2
-    old, new = lm.model.layers[0], cut(lm, plan).model.layers[0]
+    group_1 = [2, 3]
+    plan = PruningPlan.keeping(anatomy_of(lm), heads=[group_1] * NUM_LAYERS, channels=[[0, 5, 47]] * NUM_LAYERS)
+    smaller = cut(lm, plan)
+    old, new = lm.model.layers[0], smaller.model.layers[0]
     queries, keys, values = old.self_attn.qkv_proj.weight.split([4 * 8, 2 * 8, 2 * 8])
     assert torch.equal(new.self_attn.qkv_proj.weight, torch.cat([queries[16:], keys[8:], values[8:]]))
     gate, up = old.mlp.gate_up_proj.weight.chunk(2)
     assert torch.equal(new.mlp.gate_up_proj.weight, torch.cat([gate[[0, 5, 47]], up[[0, 5, 47]]]))
+    assert_same(logits_of(smaller, left_padded()), expected_logits(lm, plan))
 
 
 def test_query_key_and_value_of_a_head_go_together() -> None:

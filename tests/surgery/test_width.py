@@ -7,7 +7,6 @@ different units in every layer. `test_properties.py` draws from the other combin
 import copy
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,6 @@ from lightprune.surgery import cut_model, resulting_parameters, resulting_shapes
 from tests.families import FAMILIES, TIED, Structures, combinations_of, left_padded, random_plan, tiny_lm, tokens
 from tests.logits import assert_same, cached_logits, logits_of
 from tests.surgery import by_hand
-
 
 
 def chosen(name: str) -> list[Structures]:
@@ -54,9 +52,8 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=CASES, ids=label)
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    name, structures = request.param
-    yield case_of(name, structures)
+def case(request: pytest.FixtureRequest) -> Case:
+    return case_of(*request.param)
 
 
 def case_of(name: str, structures: Structures, dtype: torch.dtype = torch.float32) -> Case:
@@ -105,7 +102,8 @@ def test_every_weight_is_the_old_one_sliced(case: Case) -> None:
         actual = cut.pop(new_name).detach().numpy()
         old, new = by_hand.layer_of(name), by_hand.layer_of(new_name)
         if case.name == "gpt2_inverse_scale" and "c_attn" in name and old != new:
-            assert old is not None and new is not None
+            assert old is not None
+            assert new is not None
             expected = expected.copy()
             expected[..., : expected.shape[-1] // 3] *= (new + 1) / (old + 1)
             np.testing.assert_allclose(actual, expected, rtol=1e-6)
