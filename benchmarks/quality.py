@@ -1,10 +1,10 @@
 """What the quality benchmarks share: rows that train on the same tokens, each at the learning rate that is best for it.
 
 The training text is split by lines: the first 80% train, and the end of that part chooses learning rates; the last 20%
-is held out (of each, as of the other text, 48 blocks of 256 tokens are evaluated). Each run appends one JSON line to the
-results, and a run that is there already is skipped, so a stopped benchmark goes on where it was. A row trains with the
-learning rate that was best for that row on a quarter of the tokens; the search widens its grid until the best rate is
-inside it.
+is held out (of each, as of the other text, 48 blocks of 256 tokens are evaluated). Each run appends one JSON line to
+the results, and a run that is there already is skipped, so a stopped benchmark goes on where it was. A row trains with
+the learning rate that was best for that row on a quarter of the tokens; the search widens its grid until the best rate
+is inside it.
 
 What a selector looked at counts in its row's tokens. Since weights stand still while it looks, the plan is made once
 for each seed, and the runs of a row take it from a file and train on what is left of the budget.

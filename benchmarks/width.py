@@ -44,7 +44,7 @@ def selectors() -> Iterator[tuple[str, MakeSelector]]:
 
 def penalty() -> list[Callback]:
     """DReSS: the norms of the groups that go join the loss, up to the cut."""
-    return [lp.GroupNormPenalty(strength=1.0, relative=True)]
+    return [lp.GroupNormPenalty(strength=1e3, relative=True)]
 
 
 def proximal() -> list[Callback]:

@@ -6,10 +6,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import lightprune.export.callback
 from lightprune.cut import StructuredCut
 from lightprune.errors import ConfigError
 from lightprune.export import ExportHF
@@ -130,18 +130,17 @@ def test_the_plan_and_the_card_are_those_of_all_cuts(tmp_path: Path) -> None:
         assert line in card, card
 
 
-class UncutPipeline:
-    """Stands in for a pipeline whose run ended before its cut."""
+class StopEarly(Callback):
+    """Ends a run after its first step."""
 
-    plan = None
-
-    class cut:
-        done = False
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.should_stop = True
 
 
-def test_callback_exports_nothing_when_the_cut_did_not_happen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightprune.export.callback.Pipeline, "of", lambda trainer: UncutPipeline)
+def test_callback_exports_nothing_when_the_cut_did_not_happen(tmp_path: Path) -> None:
+    export = ExportHF(str(tmp_path / "out"))
+    callbacks = [StopEarly(), RandomSelector(drop=1), StructuredCut(at=3), export]
 
     with pytest.warns(UserWarning, match="Nothing is exported to .*ended before the cut"):
-        fit(Stranger(), ExportHF(str(tmp_path / "out")), tmp_path)
+        fit_plain(Plain(tiny_lm(num_layers=3)), callbacks, batches(3), max_steps=3)
     assert files_in(tmp_path) == {}
