@@ -18,20 +18,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lightprune import strategies
+from lightprune import run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
-from lightprune.errors import ConfigError
 from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm
 from lightprune.plan import PruningPlan
-from lightprune.surgery import check_optimizer
 
 if TYPE_CHECKING:
     from lightprune.cut import StructuredCut
@@ -282,56 +279,7 @@ class Pipeline:
 
     def check_run(self) -> None:
         """Refuse what only shows once data and optimizers are there, and still before the first step."""
-        self._check_freshness()
-        self._check_length()
-        self._check_clipping()
-        self._check_optimizers()
-
-    def _check_freshness(self) -> None:
-        """Refuse callbacks that have cut another model already: they would train this one and never cut it."""
-        executed = self.executed
-        if executed is not None and self.anatomy.shape == executed.source:
-            raise ConfigError(
-                "StructuredCut has cut a model already, and this one is still whole: make new callbacks in "
-                "trainer.callbacks for a new run, or resume from a checkpoint."
-            )
-
-    def _check_length(self) -> None:
-        """Refuse epochs that would end before the cut: unlike `max_steps`, their length is known only with the data."""
-        trainer, cut = self.trainer, self.cut
-        counted = self.module.automatic_optimization  # else a batch has as many steps as the module likes
-        if cut is None or cut.done or trainer.max_epochs in (None, -1) or not counted:
-            return
-        batches = trainer.num_training_batches
-        steps = (
-            trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches) if batches != float("inf") else batches
-        )
-        if steps < cut.at:
-            raise ConfigError(
-                f"The run ends after {steps} optimizer steps ({trainer.max_epochs} epochs), before the cut at "
-                f"{cut.at}: raise trainer.max_epochs, or lower StructuredCut.at to at most {steps}."
-            )
-
-    def _check_clipping(self) -> None:
-        """Refuse at once what Lightning refuses at the first step that moves weights, perhaps long after selection."""
-        trainer = self.trainer
-        fused = [o for o in trainer.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
-        if trainer.gradient_clip_val and fused and isinstance(trainer.precision_plugin, MixedPrecision):
-            raise ConfigError(
-                f"trainer.gradient_clip_val is {trainer.gradient_clip_val} and {type(fused[0]).__name__} is fused, "
-                f"which Lightning does not combine under trainer.precision={trainer.precision}: set the optimizer's "
-                "`fused` to false, or trainer.gradient_clip_val to null."
-            )
-
-    def _check_optimizers(self) -> None:
-        """Refuse optimizers whose state no cut in width could slice."""
-        if any(cycle.cut is not None and self._cuts_width(cycle) for cycle in self.cycles):
-            for optimizer in self.trainer.optimizers:
-                check_optimizer(optimizer)
-
-    @staticmethod
-    def _cuts_width(cycle: Cycle) -> bool:
-        return any(selector.structures - {"layers"} for selector in cycle.selectors)
+        run_checks.check_run(self)
 
     def finish(self) -> None:
         """Let the parts leave an ordinary model. Whoever comes first at the end of training calls it."""
@@ -396,23 +344,11 @@ class Pipeline:
     def _load_checkpoint(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint = original(*args, **kwargs)
         states = checkpoint.get("callbacks", {})
-        self._check_resume(states)
+        run_checks.check_resume(self.parts, states)
         for part in self.parts:
             if part.state_key in states:
                 part.restructure(states[part.state_key])
         return checkpoint
-
-    def _check_resume(self, states: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of parts that began at other steps: their states would be passed over silently."""
-        ours = {part.state_key for part in self.parts}
-        for part in self.parts:
-            name = type(part).__qualname__
-            others = [key for key in states if key.startswith(name + "{") and key not in ours]
-            if part.state_key not in states and others:
-                raise ConfigError(
-                    f"The checkpoint was saved with {others[0]}, and this run has {part.state_key}: resume with the "
-                    f"steps that {name} had in the run that saved it."
-                )
 
     def _backward(
         self,

@@ -12,10 +12,10 @@ from transformers import PretrainedConfig
 from lightprune.anatomy import Anatomy, Shape, Structure, Unit
 from lightprune.anatomy.predicates import even_groups, nearest
 from lightprune.errors import ConfigError
+from lightprune.plan_json import Indices, indices, indices_per_layer, is_count, listed, shortened
 
 FORMAT_VERSION = 1
 
-Indices = tuple[int, ...]
 _KEPT = ("kept_layers", "kept_heads", "kept_channels", "kept_hidden")
 
 
@@ -234,7 +234,7 @@ class PruningPlan:
     def _check_indices(self, name: str, kept: Indices, count: int) -> None:
         if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
             raise ConfigError(
-                f"The plan's `{name}` are {_shortened(kept)}: they must be at least one distinct index from 0 to "
+                f"The plan's `{name}` are {shortened(kept)}: they must be at least one distinct index from 0 to "
                 f"{count - 1}, ascending."
             )
 
@@ -280,7 +280,7 @@ class PruningPlan:
                     f"its groups keep from {min(sizes)} to {max(sizes)} query heads"
                 )
                 raise ConfigError(
-                    f"The plan's `kept_heads[{layer}]` are {_shortened(heads)}: {uneven}; every key-value head must "
+                    f"The plan's `kept_heads[{layer}]` are {shortened(heads)}: {uneven}; every key-value head must "
                     "serve the same number of query heads."
                 )
 
@@ -300,7 +300,7 @@ class PruningPlan:
             "format": FORMAT_VERSION,
             "model_type": self.model_type,
             "source": asdict(self.source),
-            **{name: _listed(value) for name, value in kept.items()},
+            **{name: listed(value) for name, value in kept.items()},
             "provenance": dict(self.provenance),
         }
 
@@ -324,17 +324,17 @@ class PruningPlan:
                 raise ConfigError(f"The pruning plan's `{name}` must be {means}; it is {values[name]!r}.")
         counts = {entry.name for entry in fields(Shape)}
         source = values["source"]
-        if not isinstance(source, Mapping) or set(source) != counts or not all(map(_is_count, source.values())):
+        if not isinstance(source, Mapping) or set(source) != counts or not all(map(is_count, source.values())):
             raise ConfigError(
                 f"The pruning plan's `source` must state whole numbers above 0 for {sorted(counts)}; it is {source!r}."
             )
         return cls(
             model_type=values["model_type"],
             source=Shape(**source),
-            kept_layers=_indices("kept_layers", values["kept_layers"]),
-            kept_heads=_indices_per_layer("kept_heads", values["kept_heads"]),
-            kept_channels=_indices_per_layer("kept_channels", values["kept_channels"]),
-            kept_hidden=None if values["kept_hidden"] is None else _indices("kept_hidden", values["kept_hidden"]),
+            kept_layers=indices("kept_layers", values["kept_layers"]),
+            kept_heads=indices_per_layer("kept_heads", values["kept_heads"]),
+            kept_channels=indices_per_layer("kept_channels", values["kept_channels"]),
+            kept_hidden=None if values["kept_hidden"] is None else indices("kept_hidden", values["kept_hidden"]),
             provenance=dict(values["provenance"]),
         )
 
@@ -400,34 +400,3 @@ def _ascending(kept: Sequence[int]) -> Indices:
 
 def _per_layer(kept: Sequence[Sequence[int]] | None) -> tuple[Indices, ...] | None:
     return None if kept is None else tuple(_ascending(entry) for entry in kept)
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_count(value: Any) -> bool:
-    return _is_whole(value) and value > 0
-
-
-def _indices(name: str, values: Any) -> Indices:
-    if not isinstance(values, list) or not all(map(_is_whole, values)):
-        raise ConfigError(f"The pruning plan's `{name}` must be a list of whole numbers; it is {_shortened(values)}.")
-    return tuple(values)
-
-
-def _indices_per_layer(name: str, values: Any) -> tuple[Indices, ...] | None:
-    if values is None:
-        return None
-    if not isinstance(values, list):
-        raise ConfigError(f"The pruning plan's `{name}` must be null or a list of lists; it is {_shortened(values)}.")
-    return tuple(_indices(f"{name}[{layer}]", entry) for layer, entry in enumerate(values))
-
-
-def _listed(kept: Any) -> Any:
-    return [_listed(entry) for entry in kept] if isinstance(kept, tuple) else kept
-
-
-def _shortened(values: Any) -> str:
-    text = str(list(values) if isinstance(values, tuple) else values)
-    return text if len(text) <= 80 else text[:60] + " ... " + text[-15:]

@@ -55,11 +55,11 @@ def _differences(reloaded: PreTrainedModel, lm: PreTrainedModel, out: Outgoing) 
         return [f"its embeddings are {'' if is_tied(reloaded) else 'not '}tied"]
     _round_buffers(reloaded, lm)
     whole, padded = probe(lm, padding=0), probe(lm, padding=LENGTH // 4)
-    tables = SAME_STEPS if out.exact else OTHER_STEPS
+    table = SAME_STEPS if out.exact else OTHER_STEPS
     logits = probe_logits(reloaded, padded)
     return [
-        *_excess("logits", probe_logits(reloaded, whole), probe_logits(lm, whole), tolerance(tables, lm.dtype)),
-        *_excess("logits beside padding", logits, probe_logits(lm, padded), tolerance(tables, lm.dtype)),
+        *_excess("logits", probe_logits(reloaded, whole), probe_logits(lm, whole), tolerance(table, lm.dtype)),
+        *_excess("logits beside padding", logits, probe_logits(lm, padded), tolerance(table, lm.dtype)),
         *_excess("cached logits", cached_logits(reloaded, padded), logits, tolerance(OTHER_STEPS, lm.dtype)),
     ]
 

@@ -1,0 +1,86 @@
+"""What only shows once data, optimizers or a checkpoint are there, and is still refused before the first step."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from lightprune.errors import ConfigError
+from lightprune.surgery import check_optimizer
+
+if TYPE_CHECKING:
+    from lightprune.pipeline import Part, Pipeline
+
+
+def check_run(pipeline: "Pipeline") -> None:
+    """Check a run whose data and optimizers are there.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    _check_freshness(pipeline)
+    _check_length(pipeline)
+    _check_clipping(pipeline)
+    _check_optimizers(pipeline)
+
+
+def check_resume(parts: "Sequence[Part]", states: Mapping[str, Any]) -> None:
+    """Check that the states in a checkpoint are those of these parts.
+
+    Raises:
+        ConfigError: a part began at another step there: its state would be passed over silently.
+    """
+    ours = {part.state_key for part in parts}
+    for part in parts:
+        name = type(part).__qualname__
+        others = [key for key in states if key.startswith(name + "{") and key not in ours]
+        if part.state_key not in states and others:
+            raise ConfigError(
+                f"The checkpoint was saved with {others[0]}, and this run has {part.state_key}: resume with the "
+                f"steps that {name} had in the run that saved it."
+            )
+
+
+def _check_freshness(pipeline: "Pipeline") -> None:
+    """Refuse callbacks that have cut another model already: they would train this one and never cut it."""
+    executed = pipeline.executed
+    if executed is not None and pipeline.anatomy.shape == executed.source:
+        raise ConfigError(
+            "StructuredCut has cut a model already, and this one is still whole: make new callbacks in "
+            "trainer.callbacks for a new run, or resume from a checkpoint."
+        )
+
+
+def _check_length(pipeline: "Pipeline") -> None:
+    """Refuse epochs that would end before the cut: unlike `max_steps`, their length is known only with the data."""
+    trainer, cut = pipeline.trainer, pipeline.cut
+    counted = pipeline.module.automatic_optimization  # else a batch has as many steps as the module likes
+    if cut is None or cut.done or trainer.max_epochs in (None, -1) or not counted:
+        return
+    batches = trainer.num_training_batches
+    steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches) if batches != float("inf") else batches
+    if steps < cut.at:
+        raise ConfigError(
+            f"The run ends after {steps} optimizer steps ({trainer.max_epochs} epochs), before the cut at "
+            f"{cut.at}: raise trainer.max_epochs, or lower StructuredCut.at to at most {steps}."
+        )
+
+
+def _check_clipping(pipeline: "Pipeline") -> None:
+    """Refuse at once what Lightning refuses at the first step that moves weights, perhaps long after selection."""
+    trainer = pipeline.trainer
+    fused = [o for o in trainer.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
+    if trainer.gradient_clip_val and fused and isinstance(trainer.precision_plugin, MixedPrecision):
+        raise ConfigError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val} and {type(fused[0]).__name__} is fused, "
+            f"which Lightning does not combine under trainer.precision={trainer.precision}: set the optimizer's "
+            "`fused` to false, or trainer.gradient_clip_val to null."
+        )
+
+
+def _check_optimizers(pipeline: "Pipeline") -> None:
+    """Refuse optimizers whose state no cut in width could slice."""
+    cutting = [selector for cycle in pipeline.cycles if cycle.cut is not None for selector in cycle.selectors]
+    if any(selector.structures - {"layers"} for selector in cutting):
+        for optimizer in pipeline.trainer.optimizers:
+            check_optimizer(optimizer)
