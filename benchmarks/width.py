@@ -30,7 +30,7 @@ WINDOW = 8  # batches that a selector looks at
 KINDS: dict[str, Callable[[int, dict[str, Any]], lp.selectors.Selector]] = {
     "random": lambda seed, counts: lp.RandomUnitSelector(seed=seed, **counts),
     "magnitude": lambda seed, counts: lp.MagnitudeUnitSelector(**counts),
-    "activation": lambda seed, counts: lp.ActivationUnitSelector(stop=WINDOW, **counts),
+    "activation": lambda seed, counts: lp.ActivationUnitSelector(weighted=True, stop=WINDOW, **counts),
     "taylor": lambda seed, counts: lp.TaylorUnitSelector(stop=WINDOW, **counts),
 }
 

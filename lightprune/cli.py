@@ -202,8 +202,8 @@ def forecast(pipeline: Pipeline) -> Group:
 
 def _decision(selector: Selector) -> str:
     """What a selector will take away, as far as that is known before training."""
-    plan = selector.foresee() if selector.cycle.index == 0 else None
-    if plan is None or "layers" not in plan.structures:
+    plan = selector.foresee() if selector.cycle.index == 0 and "layers" in selector.structures else None
+    if plan is None:
         return (
             f"{type(selector).__name__} decides about {', '.join(sorted(selector.structures))} at step {selector.stop}."
         )

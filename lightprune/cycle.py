@@ -65,7 +65,8 @@ class Cycle:
                 if rival is not selector:
                     raise ConfigError(
                         f"{type(rival).__name__} and {type(selector).__name__} both select {structure}: "
-                        "leave one of them in trainer.callbacks, or give the second one a cut of its own."
+                        "leave one of them in trainer.callbacks, or let the second one start after the first one's "
+                        "cut, with a cut of its own."
                     )
             shape = combined(source, shape, selector.target(source))
         return shape

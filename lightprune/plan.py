@@ -201,12 +201,7 @@ class PruningPlan:
                 express the result.
         """
         self._check_model(anatomy)
-        self._check_indices("kept_layers", self.kept_layers, self.source.layers)
-        for name, count in (("kept_heads", self.source.heads), ("kept_channels", self.source.channels)):
-            self._check_per_layer(name, count)
-        if self.kept_hidden is not None:
-            self._check_indices("kept_hidden", self.kept_hidden, self.source.hidden)
-        self._check_groups()
+        self.check_indices()
         impossible = sorted(set(self.structures) - anatomy.family.structures - {"kv_groups"})
         if impossible:
             raise ConfigError(
@@ -216,10 +211,28 @@ class PruningPlan:
         problems = anatomy.family.problems(self.shape, anatomy.config)
         if problems and self.shape != self.source:
             options = nearest(self.shape, self.source, lambda shape: not anatomy.family.problems(shape, anatomy.config))
-            listed = " or ".join(f"{option.heads} heads with {option.hidden} hidden dimensions" for option in options)
+            instead = " or ".join(f"{option.heads} heads with {option.hidden} hidden dimensions" for option in options)
             raise ConfigError(
-                f"The plan cannot be exported: {'; '.join(problems)} (nearest: {listed}); change the counts to keep."
+                f"The plan cannot be exported: {'; '.join(problems)} (nearest: {
+                    instead or 'no smaller model of this class'
+                }); change the counts to keep."
             )
+
+    def check_indices(self) -> None:
+        """Check the plan against the counts that it states itself; its shape and structures can be told then.
+
+        Raises:
+            ConfigError: its indices are impossible for a model of these counts.
+        """
+        uneven = even_groups(self.source.heads, self.source.kv_groups)
+        if uneven is not None:
+            raise ConfigError(f"The plan's `source` can be no model's: {uneven}; choose another plan.")
+        self._check_ascending("kept_layers", self.kept_layers, self.source.layers)
+        for name, count in (("kept_heads", self.source.heads), ("kept_channels", self.source.channels)):
+            self._check_per_layer(name, count)
+        if self.kept_hidden is not None:
+            self._check_ascending("kept_hidden", self.kept_hidden, self.source.hidden)
+        self._check_groups()
 
     def _check_model(self, anatomy: Anatomy) -> None:
         ours = {"model_type": self.model_type, **asdict(self.source)}
@@ -231,7 +244,7 @@ class PruningPlan:
                     "choose the plan or the model that belongs to the other."
                 )
 
-    def _check_indices(self, name: str, kept: Indices, count: int) -> None:
+    def _check_ascending(self, name: str, kept: Indices, count: int) -> None:
         if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
             raise ConfigError(
                 f"The plan's `{name}` are {shortened(kept)}: they must be at least one distinct index from 0 to "
@@ -254,7 +267,7 @@ class PruningPlan:
                     f"The plan's `{name}[{layer}]` is empty: no stock class has a layer without its {part}, so keep at "
                     "least one, or drop the whole layer."
                 )
-            self._check_indices(f"{name}[{layer}]", kept, count)
+            self._check_ascending(f"{name}[{layer}]", kept, count)
         counts = sorted({len(kept) for kept in of_layers})
         if len(counts) > 1:
             raise ConfigError(

@@ -44,7 +44,7 @@ def check_resume(parts: "Sequence[Part]", states: Mapping[str, Any]) -> None:
 def _check_freshness(pipeline: "Pipeline") -> None:
     """Refuse callbacks that have cut another model already: they would train this one and never cut it."""
     executed = pipeline.executed
-    if executed is not None and pipeline.anatomy.shape == executed.source:
+    if executed is not None and pipeline.anatomy.shape == executed.source != executed.shape:
         raise ConfigError(
             "StructuredCut has cut a model already, and this one is still whole: make new callbacks in "
             "trainer.callbacks for a new run, or resume from a checkpoint."
@@ -79,8 +79,9 @@ def _check_clipping(pipeline: "Pipeline") -> None:
 
 
 def _check_optimizers(pipeline: "Pipeline") -> None:
-    """Refuse optimizers whose state no cut in width could slice."""
-    cutting = [selector for cycle in pipeline.cycles if cycle.cut is not None for selector in cycle.selectors]
+    """Refuse optimizers whose state no cut in width that is still to come could slice."""
+    ahead = [cycle for cycle in pipeline.cycles if cycle.cut is not None and not cycle.done]
+    cutting = [selector for cycle in ahead for selector in cycle.selectors]
     if any(selector.structures - {"layers"} for selector in cutting):
         for optimizer in pipeline.trainer.optimizers:
             check_optimizer(optimizer)

@@ -273,7 +273,7 @@ def plan_file(path: Any, **changes: Any) -> str:
     counts = {name: value for name, value in changes.items() if name in values["source"]}
     values |= {name: value for name, value in changes.items() if name not in counts}
     values["source"] |= counts
-    PruningPlan.from_dict(values).save(path)
+    path.write_text(json.dumps(values))
     return str(path)
 
 
@@ -288,6 +288,9 @@ def plan_file(path: Any, **changes: Any) -> str:
         ({"kept_layers": [-1, 2]}, r"from 0 to 5"),
         ({"kept_layers": [2, 1]}, r"ascending"),
         ({"kept_layers": [1, 1]}, r"distinct"),
+        ({"kept_layers": [99], "kept_heads": ((0, 1),) * 6}, r"`kept_layers` are \[99\].*from 0 to 5"),
+        ({"kept_heads": ()}, r"`kept_heads` has 0 entries"),
+        ({"kept_heads": ((0, 1),) * 6, "kv_groups": 9}, r"`source` can be no model's: 4 query heads.*9 key-value"),
     ],
 )
 def test_a_plan_for_another_model(changes: dict[str, Any], message: str, tmp_path: Any) -> None:
@@ -296,6 +299,22 @@ def test_a_plan_for_another_model(changes: dict[str, Any], message: str, tmp_pat
     with pytest.raises(ConfigError, match=message):
         trainer_for([selector, StructuredCut(at=3)], 5).fit(module, batches(5))
     assert module.lm.config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kept_layers": [0, 9]}, r"`kept_layers` are \[0, 9\].*from 0 to 3"),
+        ({"model_type": "opt"}, r"made for 'opt' of .*by then this model is 'llama'"),
+        ({"layers": 5}, r"made for 'llama' of Shape\(layers=5.*by then .*Shape\(layers=4"),
+    ],
+)
+def test_a_plan_for_a_second_cut(changes: dict[str, Any], message: str, tmp_path: Any) -> None:
+    """Its model is not there yet, and it is refused all the same."""
+    plan = plan_file(tmp_path / "plan.json", **({"layers": 4, "kept_layers": [0, 2]} | changes))
+    parts = [RandomSelector(drop=2), StructuredCut(at=1), PlanFromFile(plan, start=2), StructuredCut(at=3)]
+    with pytest.raises(ConfigError, match=message):
+        trainer_for(parts, 5).fit(NoStep(), batches(5))
 
 
 def json_plan(**changes: Any) -> str:

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightprune as lp
 from lightprune.anatomy import Shape, anatomy_of
@@ -117,6 +119,54 @@ def test_a_resume_with_other_steps_is_refused(tmp_path: Path) -> None:
     other = trainer_for([lp.RandomSelector(drop=1), lp.StructuredCut(at=3)], 4)
     with pytest.raises(lp.ConfigError, match=r"saved with StructuredCut\{'begins': 2\}.*steps that StructuredCut had"):
         other.fit(Plain(), data, ckpt_path=tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("named", ["drop", "file"])
+def test_the_same_callbacks_go_on_between_two_cuts(named: str, tmp_path: Path) -> None:
+    """Broken off in a notebook: the module is cut once already, and the first selector's settings fit it no more."""
+
+    class BreakOff(Callback):
+        at: int | None = 3
+
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == self.at:
+                raise InterruptedError
+
+    module = Plain()
+    lp.PruningPlan.dropping(anatomy_of(module.lm), [1, 3, 4]).save(tmp_path / "plan.json")
+    stop = BreakOff()
+    callbacks = [
+        lp.RandomSelector(drop=3) if named == "drop" else lp.PlanFromFile(str(tmp_path / "plan.json")),
+        lp.StructuredCut(at=1),
+        lp.RandomUnitSelector(channels=20, start=4),
+        lp.StructuredCut(at=5),
+        stop,
+    ]
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True, save_top_k=0)
+    with pytest.raises(InterruptedError):
+        fit(module, [*callbacks, saver], batches(6), max_steps=6, enable_checkpointing=True)
+    assert anatomy_of(module.lm).shape == Shape(3, 32, 4, 2, 8, 48)
+    stop.at = None
+    trainer_for(callbacks, 6).fit(module, batches(6), batches(1), ckpt_path=tmp_path / "last.ckpt")
+    assert anatomy_of(module.lm).shape == Shape(3, 32, 4, 2, 8, 20)
+
+
+def test_a_cut_that_takes_nothing_away_is_resumed(tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        return [lp.RandomUnitSelector(channels=48), lp.StructuredCut(at=1)]
+
+    trainer = fit(Plain(), callbacks(), batches(2), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    resumed = trainer_for(callbacks(), 3)
+    resumed.fit(Plain(), batches(3), batches(1), ckpt_path=tmp_path / "x.ckpt")
+    assert resumed.global_step == 3
+
+
+def test_after_the_cut_another_optimizer_may_go_on() -> None:
+    module, callbacks = Plain(), [lp.RandomUnitSelector(channels=20), lp.StructuredCut(at=1)]
+    fit(module, callbacks, batches(1), max_steps=1)
+    module.make_optimizer = lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3)
+    assert fit(module, callbacks, batches(2), max_steps=2).global_step == 2
 
 
 def test_combined_takes_the_smaller_of_every_count() -> None:

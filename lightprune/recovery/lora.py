@@ -96,7 +96,8 @@ class LoRARecovery(Part):
         from lightprune.recovery.adapters import restore
 
         self._adapters.merge()
-        restore(self.pipeline.trainer.optimizers, self._before)
+        if self.pipeline.fitting:  # else no optimizer has them
+            restore(self.pipeline.trainer.optimizers, self._before)
         self._adapters, self._before = None, []
 
     def detach(self) -> None:

@@ -43,6 +43,8 @@ class ProximalGroupLasso(UnitRegularizer):
 
     @torch.no_grad()
     def project(self) -> None:
+        if not self._groups:
+            return
         optimizers = self.pipeline.trainer.optimizers
         rates = {weight: group["lr"] for o in optimizers for group in o.param_groups for weight in group["params"]}
         strength, left = self.strength or 0.0, self._steps_left()

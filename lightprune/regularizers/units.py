@@ -104,6 +104,8 @@ class UnitRegularizer(Regularizer):
         self._groups = removed_groups(self.pipeline.anatomy, plan)
 
     def apply(self, elapsed: float) -> None:
+        if not self._groups:  # this cycle takes away layers alone
+            return
         step, cycle = self.pipeline.step, self.pipeline.cycle
         every: int = self.pipeline.trainer.log_every_n_steps  # type: ignore[attr-defined]
         ends = (self.window(cycle)[1], cycle.cut and cycle.cut.at)

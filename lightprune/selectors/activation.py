@@ -32,8 +32,8 @@ class ActivationUnitSelector(CalibratedUnitSelector):
         multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
         metric: "mean", the mean magnitude over tokens (Minitron, arXiv 2407.14679); "l2", the root of its mean square;
             or "fluctuation", the variance over tokens (FLAP, arXiv 2312.11983): what is constant could be a bias.
-        weighted: weigh activations by the norms of the columns that read them: those of the projection that follows,
-            for hidden dimensions those of all projections that read them.
+        weighted: weigh activations, as FLAP does, by the norms of the columns that read them: those of the projection
+            that follows, for hidden dimensions those of all projections that read them.
         start: the optimizer step at which the window opens.
         stop: the optimizer step at which it closes.
     """
@@ -46,7 +46,7 @@ class ActivationUnitSelector(CalibratedUnitSelector):
         hidden: Keep = None,
         multiple_of: int = 64,
         metric: Metric = "l2",
-        weighted: bool = True,
+        weighted: bool = False,
         start: int = 0,
         stop: int = 16,
     ) -> None:

@@ -65,7 +65,7 @@ class Selector(Part):
         """The plan, with what was seen as its provenance; it need not be one that can be executed alone."""
 
     def foresee(self) -> PruningPlan | None:
-        """The plan, if it can be known without training."""
+        """The plan, if it can be known without training; asked only of those that decide about layers."""
         return self.plan
 
     def check(self) -> None:

@@ -24,16 +24,16 @@ class PlanFromFile(Selector):
 
     @property
     def structures(self) -> frozenset[Structure]:
-        return frozenset(PruningPlan.load(self.path).structures)
+        return frozenset(self._load().structures)
 
     def target(self, source: Shape) -> Shape:
-        plan = PruningPlan.load(self.path)
+        plan, anatomy = self._load(), self.pipeline.anatomy
         if self.cycle is self.pipeline.cycles[0]:
-            plan.validate(self.pipeline.anatomy)
-        if plan.source != source:
+            plan.validate(anatomy)
+        if (plan.model_type, plan.source) != (anatomy.model_type, source):
             raise ConfigError(
-                f"The plan in PlanFromFile.path={self.path!r} was made for a model of {plan.source}, and by then this "
-                f"one is {source}: choose the plan that belongs to it."
+                f"The plan in PlanFromFile.path={self.path!r} was made for {plan.model_type!r} of {plan.source}, and "
+                f"by then this model is {anatomy.model_type!r} of {source}: choose the plan that belongs to it."
             )
         return plan.shape
 
@@ -41,8 +41,13 @@ class PlanFromFile(Selector):
         """Needs no batches."""
 
     def choose(self) -> PruningPlan:
-        plan = PruningPlan.load(self.path)
+        plan = self._load()
         return replace(plan, provenance={"file": self.path, "made_by": dict(plan.provenance)})
 
     def foresee(self) -> PruningPlan | None:
-        return self.plan or PruningPlan.load(self.path)
+        return self.plan or self._load()
+
+    def _load(self) -> PruningPlan:
+        plan = PruningPlan.load(self.path)
+        plan.check_indices()
+        return plan

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightprune.anatomy import Unit
 from lightprune.groups import Norm, unit_norms
-from lightprune.plan import PruningPlan
 from lightprune.selectors.counts import Keep
 from lightprune.selectors.units import UnitSelector
 
@@ -63,7 +62,3 @@ class MagnitudeUnitSelector(UnitSelector):
     @property
     def settings(self) -> dict[str, Any]:
         return {"norm": self.norm}
-
-    def foresee(self) -> PruningPlan | None:
-        """The plan for the weights as they are: what will be, if none of them moves before `start`."""
-        return self.plan or (self.keep(self.scores(), **self.settings) if self.start == 0 else None)

@@ -58,6 +58,3 @@ class RandomUnitSelector(UnitSelector):
 
     def choose(self) -> PruningPlan:
         return self.keep(self.scores(), seed=self.seed)
-
-    def foresee(self) -> PruningPlan | None:
-        return self.plan or self.choose()

@@ -70,6 +70,8 @@ class UnitSelector(Selector):
 
     def check(self) -> None:
         super().check()
+        if any(cycle.done for cycle in self.pipeline.cycles):
+            return  # said when the run began; the model that its counts speak of is gone
         source = expected_shapes(self.pipeline.cycles, self.pipeline.anatomy)[self.cycle.index]
         for advice in serving_advice(source, self.target(source)):
             rank_zero_warn(f"{type(self).__name__}: {advice}")

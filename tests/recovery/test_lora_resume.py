@@ -1,6 +1,7 @@
 """A run with LoRA that is broken off anywhere and resumed ends as one that never was, bit for bit."""
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,25 @@ def test_the_same_callbacks_go_on_after_a_fit_that_was_broken_off(tmp_path: Path
     trainer = trainer_for(callbacks, STEPS, enable_checkpointing=True, default_root_dir=tmp_path)
     trainer.fit(module, Shuffled(3), batches(1), ckpt_path="last", weights_only=True)
     assert_same(weights(module), expected["merged"])
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_what_has_fitted_validates_a_checkpoint_with_adapters(broken_off: bool, tmp_path: Path) -> None:
+    """As `trainer.test(ckpt_path="best")` does; the optimizers that the fit left have nothing to do with it."""
+    module = Plain(optimizer=lambda p: AdamW(p, lr=1e-2))
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [RandomSelector(drop=3), StructuredCut(at=1, validate=False), LoRARecovery(r=2), saver]
+    callbacks += [BreakOff(4)] if broken_off else []
+    trainer = trainer_for(callbacks, 5, enable_checkpointing=True)
+    with pytest.raises(InterruptedError) if broken_off else nullcontext():
+        trainer.fit(module, batches(5), batches(1))
+    if broken_off:
+        trainer = trainer_for(callbacks, 5, enable_checkpointing=True)
+    (with_adapters,) = trainer.validate(module, batches(1), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+    assert not any("lora_" in name for name in weights(module))
+    # What is left is that checkpoint's model, merged.
+    merged = module.lm.eval()(**batches(1)[0]).loss.item()
+    assert with_adapters["val/loss"] == pytest.approx(merged, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,21 @@ def test_each_cycle_begins_anew(tmp_path: Path) -> None:
         assert penalty == pytest.approx(0.5 * mean / reference, rel=1e-5)
 
 
+def test_where_layers_alone_go_nothing_is_logged(tmp_path: Path) -> None:
+    """Acting before every cut, it has nothing to do before this one."""
+    callbacks = [
+        lp.RandomSelector(drop=1),
+        lp.GroupNormPenalty(),
+        lp.StructuredCut(at=2, validate=False),
+        lp.RandomUnitSelector(channels=20, start=3),
+        lp.StructuredCut(at=5, validate=False),
+    ]
+    fit(Plain(), callbacks, batches(5), max_steps=5, logger=CSVLogger(tmp_path, name=""), log_every_n_steps=1)
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if not row.get("val/loss")]
+    assert [row["step"] for row in rows if row["regularize/share/channels"]] == [row["step"] for row in rows] != []
+
+
 LAYERS = "acts on heads or kv_groups or channels or hidden, and its selectors decide about layers"
 
 

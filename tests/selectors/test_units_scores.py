@@ -145,7 +145,7 @@ def test_activations_of_heads_and_channels(name: str, metric: Any) -> None:
             values = torch.cat([seen[index][0][kept] for seen, kept in zip(passes, real, strict=True)])
             pairs = zip(values.split(rows, dim=1), matrix(site).split(rows, dim=1), strict=True)
             expected[unit].append([activation_score(of_unit, columns, metric) for of_unit, columns in pairs])
-    scores = fitted(lm, ActivationUnitSelector(**KEEP, metric=metric), data)
+    scores = fitted(lm, ActivationUnitSelector(**KEEP, metric=metric, weighted=True), data)
     for unit, of_layers in expected.items():
         torch.testing.assert_close(scores[unit], torch.tensor(of_layers).double(), rtol=1e-4, atol=1e-6)
 
