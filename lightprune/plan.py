@@ -211,11 +211,10 @@ class PruningPlan:
         problems = anatomy.family.problems(self.shape, anatomy.config)
         if problems and self.shape != self.source:
             options = nearest(self.shape, self.source, lambda shape: not anatomy.family.problems(shape, anatomy.config))
-            instead = " or ".join(f"{option.heads} heads with {option.hidden} hidden dimensions" for option in options)
+            found = [f"{option.heads} heads with {option.hidden} hidden dimensions" for option in options]
+            instead = " or ".join(found) or "no smaller model of this class"
             raise ConfigError(
-                f"The plan cannot be exported: {'; '.join(problems)} (nearest: {
-                    instead or 'no smaller model of this class'
-                }); change the counts to keep."
+                f"The plan cannot be exported: {'; '.join(problems)} (nearest: {instead}); change the counts to keep."
             )
 
     def check_indices(self) -> None:
