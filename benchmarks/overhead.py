@@ -232,7 +232,7 @@ def cut_large() -> dict[str, float]:
         anatomy,
         layers=[layer for layer in range(22) if layer not in range(10, 14)],
         heads=[[head for head in range(32) if head // 8 != layer % 4 and head % 8 != layer % 8] for layer in range(22)],
-        channels=[[(layer + 11 * i) % 5632 for i in range(4096)] for layer in range(22)],
+        channels=[[(layer + 13 * i) % 5632 for i in range(4096)] for layer in range(22)],
         hidden=[i for i in range(2048) if i % 8],
     )
     gc.collect()
