@@ -47,6 +47,24 @@ def attach_gate(layer: nn.Module, gates: Tensor, index: int, placement: Placemen
     return layer.register_forward_hook(hook)
 
 
+def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Let a module take `change(x)` for its first input x, until the handle is removed."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (change(inputs[0]), *inputs[1:])
+
+    return module.register_forward_pre_hook(hook)
+
+
+def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Let a module give `change(y)` for its output y, until the handle is removed."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return change(output)
+
+    return module.register_forward_hook(hook)
+
+
 @contextmanager
 def replaced_forwards(layers: nn.ModuleList, forwards: Mapping[int, Callable[..., Tensor]]) -> Iterator[None]:
     """Run the layers in `forwards` by other functions inside the context; hooks on them still fire."""

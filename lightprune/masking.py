@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightprune.anatomy import Anatomy
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Run
 from lightprune.anatomy.base import Site
-from lightprune.gates import Bypass, Handle
+from lightprune.gates import Bypass, Handle, change_input, change_output
 from lightprune.plan import PruningPlan
 from lightprune.surgery import kept_rows
 
@@ -57,21 +57,21 @@ class UnitMasks:
         layer, stays = site.layer, site.layer not in self._plan.dropped_layers
         for run in (*HEADS, *CHANNELS):
             if layer is not None and stays and site.reads((run,)) and self._plan.removed(run.unit, layer):
-                self._handles.append(scale_input(site.module, self._factors(run, layer, self.alpha[layer])))
+                self._handles.append(change_input(site.module, self._scaled(run, layer, self.alpha[layer])))
         if site.writes_hidden and self._plan.removed("hidden", 0):
-            self._handles.append(scale_output(site.module, self._factors(HIDDEN[0], 0, self.alpha_hidden)))
+            self._handles.append(change_output(site.module, self._scaled(HIDDEN[0], 0, self.alpha_hidden)))
         if site.is_norm and (stays or site.axes[0] == HIDDEN):
             (rows_kept,) = kept_rows(site.axes, self._plan, layer)
             if rows_kept is not None:
                 alpha = self.alpha_hidden if site.axes[0] == HIDDEN else self.alpha[layer or 0]
                 self._handles.append(_blend_norm(site.module, rows_kept.to(alpha.device), alpha))
 
-    def _factors(self, run: Run, layer: int, alpha: Tensor) -> Callable[[], Tensor]:
-        """alpha on the rows of the units that go, 1 on the others."""
+    def _scaled(self, run: Run, layer: int, alpha: Tensor) -> Callable[[Tensor], Tensor]:
+        """Multiplies the rows [..., n] of the units that go by alpha, as it is by then, and the others by 1."""
         removed = torch.zeros(self._plan.source.count(run.unit), dtype=torch.bool)
         removed[self._plan.removed(run.unit, layer)] = True
         removed = removed.repeat_interleave(run.rows(self._plan.source)).to(alpha.device)
-        return lambda: torch.where(removed, alpha, self._one)
+        return lambda values: values * torch.where(removed, alpha, self._one).to(values.dtype)
 
 
 @contextmanager
@@ -87,24 +87,6 @@ def masked(anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
         masks.remove()
         for bypass in bypasses:
             bypass.remove()
-
-
-def scale_input(module: nn.Module, factors: Callable[[], Tensor]) -> RemovableHandle:
-    """Multiply a projection's input [..., n] by `factors()` [n]."""
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0] * factors().to(inputs[0].dtype), *inputs[1:])
-
-    return module.register_forward_pre_hook(hook)
-
-
-def scale_output(module: nn.Module, factors: Callable[[], Tensor]) -> RemovableHandle:
-    """Multiply a module's output [..., n] by `factors()` [n]."""
-
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output * factors().to(output.dtype)
-
-    return module.register_forward_hook(hook)
 
 
 def _blend_norm(norm: nn.Module, rows: Tensor, alpha: Tensor) -> RemovableHandle:

@@ -1,13 +1,15 @@
 """Taylor: units by what the loss would change, to first order, if they were gone."""
 
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightprune.anatomy import Unit
 from lightprune.anatomy.axes import CHANNELS, HEADS
+from lightprune.gates import change_input, change_output
 from lightprune.selectors.calibration import CalibratedUnitSelector, accumulator
 from lightprune.selectors.counts import Keep
 
@@ -59,29 +61,20 @@ class TaylorUnitSelector(CalibratedUnitSelector):
         for site in anatomy.sites():
             if unit == "hidden":
                 if site.writes_hidden:
-                    self._handles.append(site.module.register_forward_hook(self._gate_output(gates)))
+                    self._handles.append(change_output(site.module, self._gate(gates, 0)))
             elif site.layer is not None and site.reads(HEADS if unit == "heads" else CHANNELS):
-                self._handles.append(site.module.register_forward_pre_hook(self._gate_input(gates, site.layer)))
+                self._handles.append(change_input(site.module, self._gate(gates, site.layer)))
         self._gates[unit] = gates
         return accumulator(2, *gates.shape, device=gates.device)
 
-    def _gate_input(self, gates: Tensor, layer: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (self._gated(inputs[0], gates[layer]), *inputs[1:])
+    def _gate(self, gates: Tensor, row: int) -> Callable[[Tensor], Tensor]:
+        def gated(activation: Tensor) -> Tensor:
+            if not self._scored:
+                return activation
+            weights = self.weights_of_tokens(activation[..., 0].numel(), activation.device)
+            return cast(Tensor, _Gate.apply(activation, gates[row], weights))  # type: ignore[no-untyped-call]
 
-        return hook
-
-    def _gate_output(self, gates: Tensor) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            return self._gated(output, gates[0])
-
-        return hook
-
-    def _gated(self, activation: Tensor, gates: Tensor) -> Tensor:
-        if not self._scored:
-            return activation
-        weights = self.weights_of_tokens(activation[..., 0].numel(), activation.device)
-        return cast(Tensor, _Gate.apply(activation, gates, weights))  # type: ignore[no-untyped-call]
+        return gated
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         gradients = {unit: gates.grad for unit, gates in self._gates.items() if gates.grad is not None}

@@ -15,16 +15,17 @@ def resulting_shapes(anatomy: Anatomy, plan: PruningPlan) -> dict[str, torch.Siz
         weight.path: [None if axis is None else length(axis, plan.shape) for axis in weight.axes]
         for weight in anatomy.weights()
     }
-    new_index = {f"{anatomy.family.layers}.{old}.": new for new, old in enumerate(plan.kept_layers)}
+    layers = f"{anatomy.family.layers}."
+    new_index = {old: new for new, old in enumerate(plan.kept_layers)}
     shapes = {}
     for name, parameter in anatomy.lm.named_parameters():
         sizes = of_weights.get(name, [None] * parameter.ndim)
         shape = torch.Size(old if size is None else size for old, size in zip(parameter.shape, sizes, strict=True))
-        if name.startswith(anatomy.family.layers + "."):
-            prefix = anatomy.family.layers + "." + name[len(anatomy.family.layers) + 1 :].split(".")[0] + "."
-            if prefix not in new_index:
+        if name.startswith(layers):
+            index, _, rest = name.removeprefix(layers).partition(".")
+            if int(index) not in new_index:
                 continue
-            name = f"{anatomy.family.layers}.{new_index[prefix]}.{name.removeprefix(prefix)}"
+            name = f"{layers}{new_index[int(index)]}.{rest}"
         shapes[name] = shape
     return shapes
 
