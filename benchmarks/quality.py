@@ -131,35 +131,9 @@ class Bench:
         tuning: bool = False,
         model: str = MODEL,
     ) -> tuple[dict[str, float], float]:
-        """Train for `steps` (0 is fine), validate; returns perplexities by domain and the seconds of training."""
-        L.seed_everything(seed, verbose=False)
-        module = lp.CausalLM(
-            model,
-            optimizer=partial(AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-            lr_scheduler=partial(LambdaLR, lr_lambda=partial(warmup_and_decay, steps=steps)),
-        )
-        trainer = L.Trainer(
-            accelerator="cpu",
-            precision="bf16-mixed",
-            max_steps=steps,
-            callbacks=callbacks,
-            limit_val_batches=HELD_OUT_BLOCKS // BATCH if tuning else 1.0,
-            val_check_interval=steps + 1,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            default_root_dir=self.scratch,
-        )
-        data = self.data(seed)
-        start = time.perf_counter()
-        if steps:
-            trainer.fit(module, data)
-        seconds = time.perf_counter() - start
-        return perplexities(trainer.validate(module, data, verbose=False)[0]), seconds
+        """See `fit`; a run that chooses a rate is validated on the end of the training part alone."""
+        batches = HELD_OUT_BLOCKS // BATCH if tuning else None
+        return fit(self.data(seed), steps, seed, callbacks, lr, model=model, scratch=self.scratch, val_batches=batches)
 
     def plan(self, selector: str, seed: int) -> tuple[Path, dict[str, Any]]:
         """The file with the plan of a selector on a seed's batches, and what is known of how it was made."""
@@ -232,6 +206,47 @@ class Bench:
             return {"ppl": self.fit(0, seed, [], model=model)[0]}
 
         self.once(make, kind="result", row=row.name, seed=seed)
+
+
+def fit(
+    data: TextDataModule,
+    steps: int,
+    seed: int,
+    callbacks: list[Callback],
+    lr: float,
+    *,
+    scratch: Path,
+    model: str = MODEL,
+    val_batches: int | None = None,
+) -> tuple[dict[str, float], float]:
+    """Train for `steps` (0 is fine), validate; returns perplexities by domain and the seconds of training."""
+    L.seed_everything(seed, verbose=False)
+    module = lp.CausalLM(
+        model,
+        optimizer=partial(AdamW, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        lr_scheduler=partial(LambdaLR, lr_lambda=partial(warmup_and_decay, steps=steps)),
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=steps,
+        callbacks=callbacks,
+        limit_val_batches=val_batches,
+        val_check_interval=steps + 1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=scratch,
+    )
+    start = time.perf_counter()
+    if steps:
+        trainer.fit(module, data)
+    seconds = time.perf_counter() - start
+    return perplexities(trainer.validate(module, data, verbose=False)[0]), seconds
 
 
 def warmup_and_decay(step: int, steps: int) -> float:
