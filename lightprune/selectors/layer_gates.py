@@ -103,6 +103,10 @@ class LayerGateSelector(LayerSelector):
         super().check()
 
     @property
+    def skips_layers(self) -> bool:
+        return not self.hold_weights
+
+    @property
     def round(self) -> int:
         """The current round, from 0."""
         return len(self._history)
@@ -130,22 +134,11 @@ class LayerGateSelector(LayerSelector):
         """One step of Adam on the gates; under a loss scale the scaler unscales their gradients too."""
         if not self._open or self._adam is None:
             return
-        if self._gates.grad is not None:  # a batch may have been skipped, or the step be another optimizer's
-            self._step(self._adam)
+        self.pipeline.engine.learn(self._adam, held=self.pipeline.weights_held)
         self._round_steps += 1
         smallest = self._smallest_gates()
         self._stable_steps = self._stable_steps + 1 if smallest == self._smallest else 0
         self._smallest = smallest
-
-    def _step(self, adam: torch.optim.Adam) -> None:
-        scaler = getattr(self.pipeline.trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            adam.step()
-        else:
-            scaler.step(adam)
-            if self.pipeline.weights_held:
-                scaler.update()
-        adam.zero_grad()
 
     def advance(self, step: int) -> None:
         if self._open and self._round_is_over():
