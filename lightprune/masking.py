@@ -97,7 +97,8 @@ def _blend_norm(norm: nn.Module, rows: Tensor, alpha: Tensor) -> RemovableHandle
         scattered = torch.zeros_like(output).index_copy(-1, rows, gathered.to(output.dtype))
         return torch.lerp(scattered, output, alpha.to(output.dtype))
 
-    return norm.register_forward_hook(hook)
+    # In front of the hooks of ZeRO-3, which leave nothing of the norm's weights behind.
+    return norm.register_forward_hook(hook, prepend=True)
 
 
 def _narrowed(norm: nn.Module, rows: Tensor) -> nn.Module:

@@ -5,10 +5,11 @@ import lightning as L
 from lightprune.errors import ConfigError
 from lightprune.strategies.base import Engine
 from lightprune.strategies.ddp import DDP
+from lightprune.strategies.deepspeed import DeepSpeed
 from lightprune.strategies.single_device import SingleDevice
 
 # A subclass of a Lightning strategy before the class that it derives from.
-ENGINES: tuple[type[Engine], ...] = (DDP, SingleDevice)
+ENGINES: tuple[type[Engine], ...] = (DeepSpeed, DDP, SingleDevice)
 
 
 def engine_of(trainer: L.Trainer) -> Engine:

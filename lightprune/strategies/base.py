@@ -18,6 +18,8 @@ from lightprune.plan import PruningPlan
 from lightprune.surgery import Rows, cut_model, remove_parameters, replace_parameter
 
 Checkpoint = dict[str, Any]
+# For a new parameter, the one in whose place it is, and the rows that it has of that.
+Replaced = dict[nn.Parameter, tuple[nn.Parameter, Rows]]
 
 
 class Engine(ABC):
@@ -121,13 +123,30 @@ class Engine(ABC):
     # The model changes.
 
     @abstractmethod
-    def rewrapped(self) -> AbstractContextManager[None]:
-        """Inside, the model may change: its parameters and the optimizers'. Afterwards the strategy is whole again."""
+    def rewrapped(self) -> AbstractContextManager[Replaced]:
+        """Inside, the model may change: its parameters, and those that the optimizers have. Then all is made whole.
+
+        What is entered takes note of every parameter that is replaced.
+        """
 
     def cut(self, anatomy: Anatomy, plan: PruningPlan) -> None:
         """Execute `plan` inside a running fit: model, optimizers, schedulers. `global_step` and the loops go on."""
-        with self.rewrapped():
-            cut_in_place(self.trainer, anatomy, plan)
+        with self.rewrapped() as replaced:
+            self._cut(anatomy, plan, replaced)
+
+    def _cut(self, anatomy: Anatomy, plan: PruningPlan, replaced: Replaced) -> None:
+        """Cut the model, and take what goes out of the optimizers and schedulers, which stay the same objects."""
+
+        def on_replace(old: nn.Parameter, new: nn.Parameter, rows: Rows) -> None:
+            replaced[new] = old, rows
+            for optimizer in self.optimizers:
+                replace_parameter(optimizer, old, new, rows)
+
+        removed = [parameter for i in plan.dropped_layers for parameter in anatomy.layers[i].parameters()]
+        cut_model(anatomy, plan, on_replace)
+        for optimizer in self.optimizers:
+            schedulers = [c.scheduler for c in self.trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
+            remove_parameters(optimizer, schedulers, removed)
 
     def load(
         self, original: Callable[..., Checkpoint], restructure: Callable[[Mapping[str, Any]], None], *args: Any, **kw: Any
@@ -169,24 +188,6 @@ class Engine(ABC):
         values = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(values, value)
         return values
-
-
-def cut_in_place(trainer: L.Trainer, anatomy: Anatomy, plan: PruningPlan) -> None:
-    """Cut the model, and take what goes out of the optimizers and the schedulers, which stay the same objects."""
-
-    def on_replace(old: nn.Parameter, new: nn.Parameter, rows: Rows) -> None:
-        for optimizer in trainer.optimizers:
-            replace_parameter(optimizer, old, new, rows)
-
-    removed = [parameter for i in plan.dropped_layers for parameter in anatomy.layers[i].parameters()]
-    cut_model(anatomy, plan, on_replace)
-    for optimizer in trainer.optimizers:
-        remove_parameters(optimizer, schedulers_of(trainer, optimizer), removed)
-
-
-def schedulers_of(trainer: L.Trainer, optimizer: Optimizer) -> list[Any]:
-    """The schedulers that drive an optimizer."""
-    return [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
 
 
 def average_gradients(optimizer: Optimizer, mean: Callable[[Tensor], Tensor]) -> bool:

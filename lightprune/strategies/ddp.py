@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightprune.errors import ConfigError
-from lightprune.strategies.base import Engine
+from lightprune.strategies.base import Engine, Replaced
 
 
 class DDP(Engine):
@@ -34,13 +34,13 @@ class DDP(Engine):
             )
 
     @contextmanager
-    def rewrapped(self) -> Iterator[None]:
+    def rewrapped(self) -> Iterator[Replaced]:
         wrapper = self.strategy.model
         wrapped = isinstance(wrapper, DistributedDataParallel)
         self.strategy.model = self.module
         if wrapped:
             del wrapper.reducer  # with it go the hooks on the parameters, whoever else holds the wrapper
-        yield
+        yield {}
         if wrapped:
             self.strategy.configure_ddp()
 

@@ -47,6 +47,11 @@ class CPUDeepSpeedStrategy(ExactDeepSpeedStrategy):
 
     def setup_distributed(self) -> None:
         """As on GPUs, without comparing their indices."""
+        from deepspeed.ops import __compatible_ops__ as compatible
+
+        # Else it is compiled at first use, for a minute, and a process that is killed meanwhile leaves a lock behind
+        # that all others wait for. Gloo does as well.
+        compatible["deepspeed_shm_comm"] = False
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()

@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightprune.strategies.base import Engine
+from lightprune.strategies.base import Engine, Replaced
 
 
 class SingleDevice(Engine):
@@ -15,8 +15,8 @@ class SingleDevice(Engine):
 
     supports = SingleDeviceStrategy
 
-    def rewrapped(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def rewrapped(self) -> AbstractContextManager[Replaced]:
+        return nullcontext({})
 
     def learn(self, optimizer: Optimizer, *, held: bool) -> None:
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):

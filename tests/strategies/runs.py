@@ -149,9 +149,8 @@ def strategy_of(name: str) -> Any:
     from lightprune.strategies.exact import CPUDeepSpeedStrategy
 
     # Below the threshold, parameters would stay whole under stage 3.
-    return CPUDeepSpeedStrategy(
-        stage=int(name[-1]), config=None, **({"param_persistence": 0} if False else {}), logging_level=40
-    )
+    settings = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
+    return CPUDeepSpeedStrategy(config={"zero_allow_untested_optimizer": True, "zero_optimization": settings})
 
 
 CASES: dict[str, Case] = {

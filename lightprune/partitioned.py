@@ -1,0 +1,39 @@
+"""Parameters that ZeRO-3 has partitioned: their shapes, and the whole of one at a time.
+
+Such a parameter is empty outside its module's forward and backward passes; every rank keeps an equal part of its
+flattened values, padded at the end, in `ds_tensor`. All other parameters are whole as they are.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether each rank keeps a part of the parameter only."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter."""
+    return torch.Size(cast(Any, parameter).ds_shape) if is_partitioned(parameter) else parameter.shape
+
+
+@torch.no_grad()
+def whole(parameter: nn.Parameter) -> Tensor:
+    """The whole of a parameter, without gradient; it itself if it is whole. Every rank must ask for it."""
+    if not is_partitioned(parameter):
+        return parameter.detach()
+    partitioned: Any = parameter
+    part = partitioned.ds_tensor.detach().to(partitioned.device)
+    group = partitioned.ds_process_group
+    parts = part.new_empty(torch.distributed.get_world_size(group) * part.numel())
+    torch.distributed.all_gather_into_tensor(parts, part.contiguous(), group=group)
+    return parts[: whole_shape(parameter).numel()].view(whole_shape(parameter))
+
+
+def partition_like(parameter: nn.Parameter, model: nn.Parameter) -> None:
+    """Partition a new parameter, in place, if `model`, which it takes the place of, is."""
+    if is_partitioned(model):
+        cast(Any, model).convert_to_zero_parameters(param_list=[parameter])
