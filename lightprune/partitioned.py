@@ -4,6 +4,11 @@ Such a parameter is empty outside its module's forward and backward passes; ever
 flattened values, padded at the end, in `ds_tensor`. All other parameters are whole as they are.
 """
 
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -37,3 +42,29 @@ def partition_like(parameter: nn.Parameter, model: nn.Parameter) -> None:
     """Partition a new parameter, in place, if `model`, which it takes the place of, is."""
     if is_partitioned(model):
         cast(Any, model).convert_to_zero_parameters(param_list=[parameter])
+
+
+def twin(module: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> nn.Module:
+    """The same modules with other parameters, buffers on the CPU, and no hooks; tied parameters stay tied."""
+    same = copy.copy(module)
+    for name, value in vars(module).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+            same.__dict__[name] = OrderedDict()
+    same.__dict__["_parameters"] = {name: p if p is None else parameters[p] for name, p in module._parameters.items()}
+    same.__dict__["_buffers"] = {name: b if b is None else b.cpu() for name, b in module._buffers.items()}
+    same.__dict__["_modules"] = {name: m if m is None else twin(m, parameters) for name, m in module._modules.items()}
+    return same
+
+
+@contextmanager
+def whole_construction() -> Iterator[None]:
+    """Modules built inside are whole, in Lightning's `configure_model` too, where ZeRO-3 partitions what it builds."""
+    deepspeed = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if deepspeed is None:
+        yield
+        return
+    deepspeed.shutdown_init_context()
+    try:
+        yield
+    finally:
+        deepspeed.restore_init_context()

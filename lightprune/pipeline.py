@@ -28,6 +28,7 @@ from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
 from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm
+from lightprune.partitioned import whole_construction
 from lightprune.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -348,7 +349,8 @@ class Pipeline:
 
     def _configure_model(self, original: Callable[[], None]) -> None:
         original()
-        self.attach()
+        with whole_construction():  # the checks build models of their own
+            self.attach()
 
     def _load_checkpoint(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.engine.load(original, self._restructure, *args, **kwargs)

@@ -162,6 +162,17 @@ class Engine(ABC):
         restructure(checkpoint.get("callbacks", {}))
         return checkpoint
 
+    @property
+    def rates(self) -> dict[nn.Parameter, float]:
+        """The learning rate of every parameter that an optimizer trains."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return {parameter: group["lr"] for group in groups for parameter in group["params"]}
+
+    @contextmanager
+    def edited(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        """The whole of a parameter at full precision, to be changed in place, by every rank in the same way."""
+        yield parameter.detach()
+
     def whole(self, lm: PreTrainedModel) -> PreTrainedModel | None:
         """A language model that rank 0 can run and write on its own; None on other ranks. Every rank must ask."""
         return lm if self.strategy.is_global_zero else None

@@ -1,26 +1,32 @@
 """DeepSpeed ZeRO-1, 2 and 3: an engine that owns the weights in full precision, and is built anew when they change."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from packaging.specifiers import SpecifierSet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
+from lightprune.partitioned import is_partitioned, twin, whole, whole_shape
 from lightprune.strategies import zero
 from lightprune.strategies.base import Checkpoint, Engine, Replaced
 from lightprune.strategies.exact import ExactDeepSpeedStrategy
+from lightprune.strategies.zero_checkpoint import is_sharded, model_states, safe_loading
 
 # Names of deepspeed's that are not public are used, and were checked in these.
 VERSIONS = SpecifierSet(">=0.19.8,<0.20")
+
+# What a ZeRO-3 engine leaves on the modules, and the next one would take for its own: functions of the old engine.
+_LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
 
 
 class DeepSpeed(Engine):
@@ -31,6 +37,7 @@ class DeepSpeed(Engine):
     def __init__(self, trainer: L.Trainer) -> None:
         super().__init__(trainer)
         self._scaler: GradScaler | None = None
+        self._places: dict[nn.Parameter, zero.Place] | None = None
 
     def check(self) -> None:
         installed = version("deepspeed")
@@ -143,11 +150,14 @@ class DeepSpeed(Engine):
 
     def _dissolve(self) -> None:
         """Take the engine off the module."""
-        engine = self.strategy.model
+        engine, self._places = self.strategy.model, None
         self.strategy.model, self.strategy.optimizers = self.module, self.optimizers
         engine.destroy()
         # It is part of cycles, and its buffers should not wait for them to be collected.
         vars(engine.optimizer).clear()
+        for module in self.module.modules():
+            for name in _LEFT_ON_MODULES:
+                vars(module).pop(name, None)
         engine.optimizer = None
 
     def _assemble(self, optimizer: Optimizer) -> None:
@@ -160,6 +170,55 @@ class DeepSpeed(Engine):
             del self.strategy._init_optimizers
 
     def load(
-        self, original: Callable[..., Checkpoint], restructure: Callable[[Mapping[str, Any]], None], *args: Any, **kw: Any
+        self,
+        original: Callable[..., Checkpoint],
+        restructure: Callable[[Mapping[str, Any]], None],
+        checkpoint_path: Any,
+        weights_only: bool | None = None,
     ) -> Checkpoint:
-        return super().load(original, restructure, *args, **kw)
+        single_file = not is_sharded(checkpoint_path)
+        # The engine is there already: it gets another one before it loads.
+        states = original(checkpoint_path, weights_only) if single_file else model_states(checkpoint_path)
+        before = list(self.module.parameters())
+        restructure(states.get("callbacks", {}))
+        after = list(self.module.parameters())
+        if len(before) != len(after) or any(old is not new for old, new in zip(before, after, strict=True)):
+            self._dissolve()
+            self.strategy.setup_optimizers(self.trainer)
+            self.strategy.init_deepspeed()
+        if single_file:
+            return states
+        with safe_loading(self.strategy.model) if weights_only is not False else nullcontext():
+            return original(checkpoint_path, weights_only)
+
+    @property
+    def rates(self) -> dict[nn.Parameter, float]:
+        (optimizer,) = self.optimizers
+        groups = zip(zero.groups_of(self._zero), optimizer.param_groups, strict=True)
+        return {parameter: group["lr"] for parameters, group in groups for parameter in parameters}
+
+    @contextmanager
+    def edited(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        if self._places is None:
+            self._places = zero.places_of(self._zero)
+        place = self._places[parameter]
+        part = place.of(place.flat.detach())
+        fragments = zero.Fragments(whole_shape(parameter), place.start, {zero.MASTER: part}, {})
+        values = fragments.whole(zero.MASTER, self.strategy.root_device)
+        yield values
+        mine = values.flatten()[place.start : place.start + place.numel]
+        part.copy_(mine)
+        if is_partitioned(parameter):
+            cast(Any, parameter).ds_tensor.detach()[: place.numel].copy_(mine)
+        if parameter.shape == values.shape:
+            parameter.detach().copy_(values)
+
+    def whole(self, lm: PreTrainedModel) -> PreTrainedModel | None:
+        if not any(map(is_partitioned, lm.parameters())):
+            return super().whole(lm)
+        parameters = {}
+        for parameter in lm.parameters():
+            values = whole(parameter)
+            if self.strategy.is_global_zero:
+                parameters[parameter] = nn.Parameter(values.cpu(), requires_grad=parameter.requires_grad)
+        return cast(PreTrainedModel, twin(lm, parameters)) if self.strategy.is_global_zero else None
