@@ -7,7 +7,7 @@ flattened values, padded at the end, in `ds_tensor`. All other parameters are wh
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -36,6 +36,18 @@ def whole(parameter: nn.Parameter) -> Tensor:
     parts = part.new_empty(torch.distributed.get_world_size(group) * part.numel())
     torch.distributed.all_gather_into_tensor(parts, part.contiguous(), group=group)
     return parts[: whole_shape(parameter).numel()].view(whole_shape(parameter))
+
+
+@contextmanager
+def changed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The parameters are whole inside, and what every rank makes of them stays; no optimizer may train them."""
+    if not any(map(is_partitioned, parameters)):
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(list(parameters), modifier_rank=0):
+        yield
 
 
 def partition_like(parameter: nn.Parameter, model: nn.Parameter) -> None:

@@ -396,6 +396,7 @@ class Pipeline:
         if not self.weights_held:
             result = original(optimizer, closure, *args, **kwargs)
             if self.engine.stepping:
+                self.engine.stepped()
                 for part in self.parts:
                     part.project()
             return result

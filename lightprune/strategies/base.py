@@ -18,6 +18,8 @@ from lightprune.plan import PruningPlan
 from lightprune.surgery import Rows, cut_model, remove_parameters, replace_parameter
 
 Checkpoint = dict[str, Any]
+# Gives the model the shape that it had, by the callbacks' states in a checkpoint.
+Restructure = Callable[[Mapping[str, Any]], None]
 # For a new parameter, the one in whose place it is, and the rows that it has of that.
 Replaced = dict[nn.Parameter, tuple[nn.Parameter, Rows]]
 
@@ -31,6 +33,8 @@ class Engine(ABC):
     """
 
     supports: ClassVar[type[Strategy]]
+    # The method of the strategy in which the module is asked for its optimizers.
+    makes_optimizers: ClassVar[str] = "setup_optimizers"
 
     def __init__(self, trainer: L.Trainer) -> None:
         self.trainer = trainer
@@ -50,6 +54,10 @@ class Engine(ABC):
     def optimizers(self) -> list[Optimizer]:
         """The user's own optimizers, without what the strategy wraps around them."""
         return list(self.trainer.optimizers)
+
+    def made(self, returned: Any) -> list[Optimizer]:
+        """The optimizers that `makes_optimizers` has just made and, perhaps, `returned`."""
+        return self.optimizers
 
     def check(self) -> None:
         """Refuse settings of the strategy under which nothing can be pruned; called before the model is wrapped.
@@ -83,6 +91,9 @@ class Engine(ABC):
         """The backward pass of a held step."""
         with self.unwrapped():
             return original(loss, *args, **kwargs)
+
+    def stepped(self) -> None:
+        """Note an optimizer step in which the weights moved."""
 
     def skip_step(self, optimizer: Optimizer) -> None:
         """Note an optimizer step in which the weights stood still; schedulers warn where no step came before theirs."""
@@ -149,16 +160,10 @@ class Engine(ABC):
             remove_parameters(optimizer, schedulers, removed)
 
     def load(
-        self, original: Callable[..., Checkpoint], restructure: Callable[[Mapping[str, Any]], None], *args: Any, **kw: Any
+        self, original: Callable[..., Checkpoint], restructure: Restructure, path: Any, *args: Any, **kwargs: Any
     ) -> Checkpoint:
-        """Load a checkpoint into a model that gets its shape first.
-
-        Args:
-            original: the strategy's own `load_checkpoint`.
-            restructure: gives the model the shape that it had, by the callbacks' states in the checkpoint.
-            args, kw: of `original`.
-        """
-        checkpoint = original(*args, **kw)
+        """Load a checkpoint by the strategy's own `load_checkpoint`, into a model that gets its shape first."""
+        checkpoint = original(path, *args, **kwargs)
         restructure(checkpoint.get("callbacks", {}))
         return checkpoint
 

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-1, 2 and 3: an engine that owns the weights in full precision, and is built anew when they change."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any, cast
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lightprune.errors import ConfigError
 from lightprune.partitioned import is_partitioned, twin, whole, whole_shape
 from lightprune.strategies import zero
-from lightprune.strategies.base import Checkpoint, Engine, Replaced
+from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure
 from lightprune.strategies.exact import ExactDeepSpeedStrategy
 from lightprune.strategies.zero_checkpoint import is_sharded, model_states, safe_loading
 
@@ -33,9 +33,11 @@ class DeepSpeed(Engine):
     """Lightning's `DeepSpeedStrategy` with ZeRO of stage 1, 2 or 3, and the strategies derived from it."""
 
     supports = DeepSpeedStrategy
+    makes_optimizers = "_init_optimizers"
 
     def __init__(self, trainer: L.Trainer) -> None:
         super().__init__(trainer)
+        self._skips = False
         self._scaler: GradScaler | None = None
         self._places: dict[nn.Parameter, zero.Place] | None = None
 
@@ -81,6 +83,10 @@ class DeepSpeed(Engine):
     def optimizers(self) -> list[Optimizer]:
         return [getattr(optimizer, "optimizer", optimizer) for optimizer in self.trainer.optimizers]
 
+    def made(self, returned: Any) -> list[Optimizer]:
+        optimizer, _ = returned
+        return [optimizer]
+
     # Steps.
 
     @property
@@ -105,6 +111,13 @@ class DeepSpeed(Engine):
         if zero.is_stage_3(self._zero):
             self._zero.parameter_offload.release_backward_leftovers()
         return result
+
+    def expect_skips(self, skips: bool) -> None:
+        self._skips = skips
+
+    def stepped(self) -> None:
+        if self._skips and zero.is_stage_3(self._zero):
+            zero.forget_gradients(self._zero)
 
     def skip_step(self, optimizer: Optimizer) -> None:
         super().skip_step(self.optimizers[0])
@@ -163,22 +176,25 @@ class DeepSpeed(Engine):
     def _assemble(self, optimizer: Optimizer) -> None:
         """Build an engine around the module and an optimizer that there is."""
         (schedule,) = self.trainer.lr_scheduler_configs or [None]
-        self.strategy._init_optimizers = lambda: (optimizer, schedule)
+        before = vars(self.strategy).pop(self.makes_optimizers, None)
+        vars(self.strategy)[self.makes_optimizers] = lambda: (optimizer, schedule)
         try:
             self.strategy.init_deepspeed()
         finally:
-            del self.strategy._init_optimizers
+            del vars(self.strategy)[self.makes_optimizers]
+            if before is not None:
+                vars(self.strategy)[self.makes_optimizers] = before
 
     def load(
         self,
         original: Callable[..., Checkpoint],
-        restructure: Callable[[Mapping[str, Any]], None],
-        checkpoint_path: Any,
+        restructure: Restructure,
+        path: Any,
         weights_only: bool | None = None,
     ) -> Checkpoint:
-        single_file = not is_sharded(checkpoint_path)
-        # The engine is there already: it gets another one before it loads.
-        states = original(checkpoint_path, weights_only) if single_file else model_states(checkpoint_path)
+        single_file = not is_sharded(path)
+        # The engine is there already: there has to be another one before it loads.
+        states = original(path, weights_only) if single_file else model_states(path)
         before = list(self.module.parameters())
         restructure(states.get("callbacks", {}))
         after = list(self.module.parameters())
@@ -189,7 +205,7 @@ class DeepSpeed(Engine):
         if single_file:
             return states
         with safe_loading(self.strategy.model) if weights_only is not False else nullcontext():
-            return original(checkpoint_path, weights_only)
+            return original(path, weights_only)
 
     @property
     def rates(self) -> dict[nn.Parameter, float]:

@@ -1,19 +1,29 @@
 """One device: the module is its own engine, so there is nothing to make whole."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightprune.strategies.base import Engine, Replaced
+from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure
+from lightprune.strategies.zero_checkpoint import is_sharded, whole_checkpoint
 
 
 class SingleDevice(Engine):
     """Lightning's `SingleDeviceStrategy`."""
 
     supports = SingleDeviceStrategy
+
+    def load(
+        self, original: Callable[..., Checkpoint], restructure: Restructure, path: Any, *args: Any, **kwargs: Any
+    ) -> Checkpoint:
+        # What DeepSpeed has saved is read here too, to export it.
+        read = whole_checkpoint if is_sharded(path) else partial(original, *args, **kwargs)
+        return super().load(read, restructure, path)
 
     def rewrapped(self) -> AbstractContextManager[Replaced]:
         return nullcontext({})

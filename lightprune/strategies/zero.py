@@ -109,6 +109,18 @@ def _places_of_stage_3(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]:
             offset += length
 
 
+def forget_gradients(zero: Any) -> None:
+    """Let parameters that get no gradient in the next step have none.
+
+    Stage 3 would step, and clip, with those of the step before: each is overwritten by the next, where there is one.
+    """
+    zero.grad_partitions_flat_buffer.zero_()
+    for flat in zero.fp32_partitioned_groups_flat:
+        if flat.grad is not None:  # offloaded
+            flat.grad.zero_()
+    getattr(zero, "norm_for_param_grads", {}).clear()
+
+
 def take(
     places: Mapping[nn.Parameter, Place], optimizer: Optimizer, kept: Iterable[nn.Parameter]
 ) -> dict[nn.Parameter, Fragments]:

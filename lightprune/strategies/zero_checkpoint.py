@@ -1,4 +1,4 @@
-"""Reading the directories that DeepSpeed saves, safely and without an engine, a GPU or deepspeed.
+"""Reading the directories that DeepSpeed saves, safely and without an engine or a GPU.
 
 Lightning saves under the tag "checkpoint": one file of model states (under stage 3 one for each rank, and without
 weights), and for each rank one of optimizer states, which holds its part of the weights in full precision.
@@ -6,6 +6,7 @@ weights), and for each rank one of optimizer states, which holds its part of the
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,20 @@ def safe_loading(engine: Any) -> Iterator[None]:
 
 
 def _load(path: str | Path) -> dict[str, Any]:
-    with torch.serialization.safe_globals(_SAFE):
+    with torch.serialization.safe_globals(_plain_classes()):
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return loaded
+
+
+def _plain_classes() -> list[Any]:
+    """What deepspeed writes into its files beside tensors and plain values: numbers with a name, and nothing that acts."""
+    if find_spec("deepspeed") is None:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def _folder(path: str | Path) -> Path:

@@ -1,15 +1,17 @@
 """Runs that one process and two make alike, and what they end with. `python -m tests.strategies.runs` is one of two."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,6 +21,8 @@ from tests.training import Batch, Batches, Plain, batches, trainer_for
 
 SELECT, CUT, STEPS = 4, 7, 10
 WORLD = 2
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gates(**settings: Any) -> lp.LayerGateSelector:
@@ -33,6 +37,18 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
     "trsp": lambda: [gates(), lp.DifferencePenalty(strength=0.1, ramp="linear")],
     "dress": lambda: [widths(), lp.GroupNormPenalty(strength=10.0)],
     "annealed": lambda: [gates(), widths(), lp.GateAnnealing()],
+    "gates beside weights": lambda: [gates(hold_weights=False), lp.DifferencePenalty(strength=0.1)],
+    "taylor, proximal": lambda: [
+        lp.TaylorUnitSelector(channels=32, kv_groups=1, stop=SELECT),
+        lp.ProximalGroupLasso(),
+    ],
+    "influence, magnitude": lambda: [
+        lp.BlockInfluenceSelector(drop=2, stop=SELECT),
+        lp.MagnitudeUnitSelector(channels=32, start=SELECT),
+        lp.Recovery(lr=1e-3, warmup_steps=2),
+    ],
+    "perplexity": lambda: [lp.GreedyPerplexitySelector(drop=2, stop=SELECT)],
+    "lora": lambda: [lp.RandomSelector(drop=2, start=SELECT), lp.LoRARecovery(r=2)],
 }
 
 
@@ -43,18 +59,33 @@ class Case:
     Attributes:
         method: what is pruned, one of `METHODS`.
         accumulate: batches for an optimizer step.
-        settings: more arguments of the trainer.
+        precision: the trainer's.
+        steps: checkpoints to go on from, in new runs; all steps are saved where there are any.
+        kill: the optimizer step after which rank 1 kills itself, in a run of its own, before the others.
     """
 
     method: str
     accumulate: int = 1
+    precision: str | None = None
+    steps: tuple[int, ...] = ()
+    kill: int | None = None
+    export: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
-    model: str = "llama_tied"
-    validate: bool = True
+
+
+CASES: dict[str, Case] = {
+    f"{method}, accumulating {accumulate}": Case(method, accumulate)
+    for method in ("trsp", "dress", "annealed")
+    for accumulate in (1, 2)
+}
+CASES |= {method: Case(method) for method in METHODS if method not in ("trsp", "dress", "annealed")}
+# In the held window, before, at and after the cut.
+CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
+CASES["bf16"] = Case("annealed", precision="bf16-mixed")
 
 
 class Record(Callback):
-    """Keeps losses, learning rates and weights on the way, and what the run ends with."""
+    """Keeps losses and learning rates on the way, and what the run ends with."""
 
     def __init__(self, accumulate: int) -> None:
         self.accumulate = accumulate
@@ -72,36 +103,38 @@ class Record(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         cut = next(c for c in trainer.callbacks if isinstance(c, lp.StructuredCut))
+        plan = {} if cut.plan is None else cut.plan.to_dict()
+        plan.pop("provenance", None)
         self.end = {
             **whole_states(trainer),
             "losses": self.losses,
             "rates": self.rates,
             "after cut": self.after_cut,
-            "plan": cut.plan.to_dict() if cut.plan else None,
-            "before": cut.metrics.get("before"),
-            "after": cut.metrics.get("after"),
+            "plan": plan,
             "step": trainer.global_step,
         }
 
 
 def whole_states(trainer: L.Trainer) -> dict[str, dict[str, Tensor]]:
-    """Weights in full precision and moments by name; under ZeRO read by DeepSpeed's own means."""
+    """Weights in full precision and moments by name, of all that trains; under ZeRO read by DeepSpeed's own means."""
     module, optimizer = trainer.lightning_module, trainer.optimizers[0]
-    states: dict[str, dict[str, Tensor]] = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    states: dict[str, dict[str, Tensor]] = {"weights": {}, **{key: {} for key in MOMENTS}}
     zero = not isinstance(optimizer, torch.optim.Optimizer)
     if zero and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False  # deepspeed links only the first group
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if zero:
             from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
             states["weights"][name] = safe_get_full_fp32_param(parameter).clone()
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 states[key][name] = safe_get_full_optimizer_state(parameter, key).clone()
         else:
             states["weights"][name] = parameter.detach().clone()
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 states[key][name] = optimizer.state[parameter][key].clone()
     return states
 
@@ -119,18 +152,55 @@ def cosine(optimizer: Optimizer) -> Any:
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * STEPS)
 
 
-def data_of(accumulate: int, rank: int, world: int) -> Batches:
-    """This rank's rows of the same batches that one process takes whole."""
-    whole = batches(STEPS * accumulate, batch=2 * WORLD)
-    return Batches({name: value.chunk(world)[rank] for name, value in batch.items()} for batch in whole)
+class Shard:
+    """This rank's rows of the same batches that one process takes whole, from where the last run stopped."""
+
+    def __init__(self, accumulate: int, rank: int, world: int) -> None:
+        whole = batches(STEPS * accumulate, batch=2 * WORLD)
+        self.batches = [{name: value.chunk(world)[rank] for name, value in batch.items()} for batch in whole]
+        self.consumed = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches[self.consumed :]:
+            self.consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.consumed = state["consumed"]
 
 
-def run(case: Case, strategy: Any, *, rank: int = 0, world: int = 1, callbacks: tuple[Callback, ...] = ()) -> Any:
-    """Train, and return what the run ended with."""
-    module = Plain(tiny_lm(case.model, num_layers=5), optimizer=adamw, scheduler=cosine)
+class Kill(Callback):
+    """kill -9 as the batch begins that follows so many optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(
+    case: Case, strategy: Any, *, rank: int = 0, world: int = 1, folder: Path | None = None, resume: str | None = None
+) -> Any:
+    """Train, saving every step to `folder`, from its checkpoint `resume`; return what the run ended with."""
+    module = Plain(tiny_lm("llama_tied", num_layers=5), optimizer=adamw, scheduler=cosine)
     record = Record(case.accumulate)
-    parts = [*METHODS[case.method](), lp.StructuredCut(at=CUT, validate=case.validate), record, *callbacks]
-    settings: dict[str, Any] = {"gradient_clip_val": 0.5, **case.settings}
+    parts = [*METHODS[case.method](), lp.StructuredCut(at=CUT), record]
+    if case.kill is not None and rank == 1:
+        parts.append(Kill(case.kill))
+    if folder is not None:
+        name = "{step}" if resume is None else "resumed-{step}"
+        saver = ModelCheckpoint(folder, filename=name, every_n_train_steps=1, save_top_k=-1, save_last=True)
+        parts.append(saver)
+        if case.export and resume is None:
+            parts.append(lp.ExportHF(str(folder / "export")))
     trainer = trainer_for(
         parts,
         STEPS,
@@ -138,10 +208,13 @@ def run(case: Case, strategy: Any, *, rank: int = 0, world: int = 1, callbacks: 
         strategy=strategy,
         accumulate_grad_batches=case.accumulate,
         use_distributed_sampler=False,
-        **settings,
+        enable_checkpointing=folder is not None,
+        gradient_clip_val=0.5,
+        **({} if case.precision is None else {"precision": case.precision}),
     )
     validation = Batches([{k: v.chunk(world)[rank] for k, v in batches(1, batch=2 * WORLD, seed=999)[0].items()}])
-    trainer.fit(module, data_of(case.accumulate, rank, world), validation)
+    path = None if folder is None or resume is None else folder / f"{resume}.ckpt"
+    trainer.fit(module, Shard(case.accumulate, rank, world), validation, ckpt_path=path, weights_only=True)
     return record.end
 
 
@@ -150,18 +223,20 @@ def strategy_of(name: str) -> Any:
         return "ddp"
     from lightprune.strategies.exact import CPUDeepSpeedStrategy
 
-    # Below the threshold, parameters would stay whole under stage 3.
+    # Below that threshold, parameters would stay whole under stage 3.
     settings = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
     return CPUDeepSpeedStrategy(config={"zero_allow_untested_optimizer": True, "zero_optimization": settings})
 
 
-CASES: dict[str, Case] = {
-    f"{method}, accumulating {accumulate}": Case(method, accumulate) for method in METHODS for accumulate in (1, 2)
-}
-
-
-CASES["debug1"] = Case("dress", model="llama")
-CASES["debug2"] = Case("dress", validate=False)
+def ends_of(case: Case, strategy: str, rank: int, folder: Path) -> dict[str, Any]:
+    """What a case ends with, and each of the runs that go on from one of its checkpoints."""
+    if not case.steps:
+        return run(case, strategy_of(strategy), rank=rank, world=WORLD)
+    ends = {"undisturbed": run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder)}
+    for step in case.steps:
+        resume = f"step={step}"
+        ends[resume] = run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder, resume=resume)
+    return ends
 
 
 def main(folder: Path, rank: int, strategies: list[str], names: list[str]) -> None:
@@ -169,16 +244,13 @@ def main(folder: Path, rank: int, strategies: list[str], names: list[str]) -> No
     torch.set_num_threads(1)
     for strategy in strategies:
         for name in names:
-            path = folder / f"{strategy}, {name}, {rank}.pt"
             try:
-                end = run(CASES[name], strategy_of(strategy), rank=rank, world=WORLD)
-            except Exception as error:
-                import traceback
-
-                traceback.print_exc()
-                end = {"error": f"{type(error).__name__}: {error}"}
-                torch.save(end, path)
-            torch.save(end, path)
+                ends = ends_of(CASES[name], strategy, rank, folder / strategy)
+            except Exception:
+                ends = {"error": traceback.format_exc()}
+            path = folder / f"{strategy}, {name}, {rank}.pt"
+            torch.save(ends, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
 
 
 if __name__ == "__main__":
