@@ -33,7 +33,7 @@ def whole(parameter: nn.Parameter) -> Tensor:
     partitioned: Any = parameter
     part = partitioned.ds_tensor.detach().to(partitioned.device)
     group = partitioned.ds_process_group
-    parts = part.new_empty(torch.distributed.get_world_size(group) * part.numel())
+    parts: Tensor = part.new_empty(torch.distributed.get_world_size(group) * part.numel())
     torch.distributed.all_gather_into_tensor(parts, part.contiguous(), group=group)
     return parts[: whole_shape(parameter).numel()].view(whole_shape(parameter))
 

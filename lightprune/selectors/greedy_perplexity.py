@@ -92,7 +92,11 @@ class GreedyPerplexitySelector(LayerSelector):
 
     def scores_state(self) -> dict[str, Any]:
         # Each rank's in turn, as they came: each takes back its own.
-        return {"batches": [b for of_ranks in zip(*self.pipeline.engine.gather(self._batches), strict=True) for b in of_ranks]}
+        return {
+            "batches": [
+                b for of_ranks in zip(*self.pipeline.engine.gather(self._batches), strict=True) for b in of_ranks
+            ]
+        }
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:
         trainer = self.pipeline.trainer

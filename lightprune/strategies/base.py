@@ -1,6 +1,5 @@
 """`Engine`: what the pipeline asks of a Lightning strategy. One file, and one subclass, for each that is supported."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
@@ -24,7 +23,7 @@ Restructure = Callable[[Mapping[str, Any]], None]
 Replaced = dict[nn.Parameter, tuple[nn.Parameter, Rows]]
 
 
-class Engine(ABC):
+class Engine:
     """How one kind of Lightning strategy trains, and how it is made whole when the model changes under it.
 
     Attributes:
@@ -133,12 +132,12 @@ class Engine(ABC):
 
     # The model changes.
 
-    @abstractmethod
     def rewrapped(self) -> AbstractContextManager[Replaced]:
         """Inside, the model may change: its parameters, and those that the optimizers have. Then all is made whole.
 
         What is entered takes note of every parameter that is replaced.
         """
+        raise NotImplementedError
 
     def cut(self, anatomy: Anatomy, plan: PruningPlan) -> None:
         """Execute `plan` inside a running fit: model, optimizers, schedulers. `global_step` and the loops go on."""

@@ -145,7 +145,9 @@ class DeepSpeed(Engine):
         places = zero.places_of(old)
         for group, parameters in zip(inner.param_groups, zero.groups_of(old), strict=True):
             group["params"] = parameters
-        keep = {name: getattr(engine, name) for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps")}
+        keep = {
+            name: getattr(engine, name) for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+        }
         scaler = getattr(old, "loss_scaler", None)
         self._dissolve()
         del engine, old

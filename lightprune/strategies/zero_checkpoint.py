@@ -50,7 +50,9 @@ def whole_checkpoint(path: str | Path) -> dict[str, Any]:
 def _joined(folder: Path, states: dict[str, Any]) -> dict[str, Tensor]:
     """The weights in full precision, from the parts of all ranks: each has an equal part of each, padded."""
     shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
-    files = sorted(folder.glob("*_optim_states.pt"), key=lambda file: int(file.name.split("zero_pp_rank_")[1].split("_")[0]))
+    files = sorted(
+        folder.glob("*_optim_states.pt"), key=lambda file: int(file.name.split("zero_pp_rank_")[1].split("_")[0])
+    )
     parts: dict[str, list[Tensor]] = {name: [] for name in shapes}
     for file in files:
         flat = torch.cat([tensor.flatten() for tensor in _load(file)["optimizer_state_dict"]["fp32_flat_groups"]])
@@ -80,7 +82,7 @@ def _load(path: str | Path) -> dict[str, Any]:
 
 
 def _plain_classes() -> list[Any]:
-    """What deepspeed writes into its files beside tensors and plain values: numbers with a name, and nothing that acts."""
+    """What deepspeed writes into its files beside tensors and plain values: numbers with names, nothing that acts."""
     if find_spec("deepspeed") is None:
         return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

@@ -5,7 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 import lightprune as lp
 from tests.families import tiny_lm
@@ -61,7 +62,8 @@ class Case:
         accumulate: batches for an optimizer step.
         precision: the trainer's.
         steps: checkpoints to go on from, in new runs; all steps are saved where there are any.
-        kill: the optimizer step after which rank 1 kills itself, in a run of its own, before the others.
+        kill: the optimizer step after which rank 1 kills itself, unless there is a checkpoint to go on from.
+        export: write the model when training ends.
     """
 
     method: str
@@ -70,7 +72,6 @@ class Case:
     steps: tuple[int, ...] = ()
     kill: int | None = None
     export: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 CASES: dict[str, Case] = {
@@ -81,6 +82,7 @@ CASES: dict[str, Case] = {
 CASES |= {method: Case(method) for method in METHODS if method not in ("trsp", "dress", "annealed")}
 # In the held window, before, at and after the cut.
 CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
+KILLED = {"killed at the cut": Case("annealed", kill=CUT)}
 CASES["bf16"] = Case("annealed", precision="bf16-mixed")
 
 
@@ -139,6 +141,11 @@ def whole_states(trainer: L.Trainer) -> dict[str, dict[str, Tensor]]:
     return states
 
 
+def small_lm() -> PreTrainedModel:
+    """Without biases on keys: their gradient is nothing but rounding, and Adam makes that as large as any other."""
+    return tiny_lm("llama_tied", num_layers=5, attention_bias=False)
+
+
 def adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
     """Two groups, as everybody has them: matrices decay, vectors do not."""
     matrices, vectors = [], []
@@ -190,10 +197,10 @@ def run(
     case: Case, strategy: Any, *, rank: int = 0, world: int = 1, folder: Path | None = None, resume: str | None = None
 ) -> Any:
     """Train, saving every step to `folder`, from its checkpoint `resume`; return what the run ended with."""
-    module = Plain(tiny_lm("llama_tied", num_layers=5), optimizer=adamw, scheduler=cosine)
+    module = Plain(small_lm(), optimizer=adamw, scheduler=cosine)
     record = Record(case.accumulate)
-    parts = [*METHODS[case.method](), lp.StructuredCut(at=CUT), record]
-    if case.kill is not None and rank == 1:
+    parts = [record, *METHODS[case.method](), lp.StructuredCut(at=CUT)]  # it looks before adapters are merged
+    if case.kill is not None and resume is None and rank == 1:
         parts.append(Kill(case.kill))
     if folder is not None:
         name = "{step}" if resume is None else "resumed-{step}"
@@ -230,6 +237,9 @@ def strategy_of(name: str) -> Any:
 
 def ends_of(case: Case, strategy: str, rank: int, folder: Path) -> dict[str, Any]:
     """What a case ends with, and each of the runs that go on from one of its checkpoints."""
+    if case.kill is not None:
+        resume = "last" if (folder / "last.ckpt").exists() else None
+        return run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder, resume=resume)
     if not case.steps:
         return run(case, strategy_of(strategy), rank=rank, world=WORLD)
     ends = {"undisturbed": run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder)}
@@ -245,7 +255,7 @@ def main(folder: Path, rank: int, strategies: list[str], names: list[str]) -> No
     for strategy in strategies:
         for name in names:
             try:
-                ends = ends_of(CASES[name], strategy, rank, folder / strategy)
+                ends = ends_of((CASES | KILLED)[name], strategy, rank, folder / strategy)
             except Exception:
                 ends = {"error": traceback.format_exc()}
             path = folder / f"{strategy}, {name}, {rank}.pt"
