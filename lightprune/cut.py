@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
-from lightprune import strategies
 from lightprune.errors import ConfigError
 from lightprune.host import callbacks_of, run_validation
 from lightprune.pipeline import Part, Stage
@@ -103,7 +102,9 @@ class StructuredCut(Part):
         for part in self.pipeline.parts:
             part.detach()
         start = time.perf_counter()
-        strategies.cut(self.pipeline.trainer, self.pipeline.anatomy, plan)
+        engine = self.pipeline.engine
+        engine.expect_skips(self is not self.pipeline.cut and any(part.skips_layers for part in self.pipeline.parts))
+        engine.cut(self.pipeline.anatomy, plan)
         self.seconds = time.perf_counter() - start
         self.plan, self.step = plan, step
 

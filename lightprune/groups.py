@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightprune.anatomy import Anatomy, Shape, Unit, Weight
 from lightprune.anatomy.axes import Run
+from lightprune.partitioned import whole, whole_shape
 
 Norm = Literal["l1", "l2"]
 
@@ -42,8 +43,8 @@ class Coupled:
     @property
     def size(self) -> int:
         """Weights of each unit here."""
-        parameter = self.weight.parameter
-        return parameter.numel() // parameter.shape[self.dimension] * self.rows
+        shape = whole_shape(self.weight.parameter)
+        return shape.numel() // shape[self.dimension] * self.rows
 
     def units(self, tensor: Tensor) -> Tensor:
         """What of `tensor`, of the weight's shape, is the units': a view [n, ...] that can be changed in place."""
@@ -93,9 +94,8 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, group: Coupled, norm: Norm) -> Tensor:
-        ctx.save_for_backward(parameter)
-        ctx.group, ctx.norm = group, norm
-        weights = group.units(parameter)
+        ctx.parameter, ctx.group, ctx.norm = parameter, group, norm
+        weights = group.units(whole(parameter))
         precision = torch.promote_types(weights.dtype, torch.float32)
         within = tuple(range(1, weights.ndim))
         longest = max(within, key=lambda dimension: weights.shape[dimension])
@@ -105,9 +105,9 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        (parameter,) = ctx.saved_tensors
-        gradient = torch.zeros_like(parameter)
-        weights, found = ctx.group.units(parameter), ctx.group.units(gradient)
+        values = whole(ctx.parameter)  # anew, for under ZeRO-3 it is let go in between
+        gradient = torch.zeros_like(values)
+        weights, found = ctx.group.units(values), ctx.group.units(gradient)
         factors = slopes[0].view(-1, *[1] * (weights.ndim - 1)).to(weights.dtype)
         if ctx.norm == "l2":
             torch.mul(weights, 2 * factors, out=found)

@@ -98,4 +98,5 @@ def _blend_norm(norm: nn.Module, kept: Tensor, alpha: Tensor) -> RemovableHandle
         narrowed = norm_over(norm, inputs[0], kept).to(output.dtype)
         return torch.lerp(narrowed, output, alpha.to(output.dtype))
 
-    return norm.register_forward_hook(hook)
+    # In front of the hooks of ZeRO-3, which leave nothing of the norm's weights behind.
+    return norm.register_forward_hook(hook, prepend=True)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.hub import Dtype, load_causal_lm, load_tokenizer
 from lightprune.metrics import DomainLoss, token_losses
+from lightprune.partitioned import whole_construction
 
 
 class CausalLM(LightningModule):
@@ -77,13 +78,14 @@ class CausalLM(LightningModule):
     def configure_model(self) -> None:
         if "lm" in self._modules:  # Lightning calls this once per fit, validate and test
             return
-        self.lm = load_causal_lm(
-            self.model,
-            dtype=self.lm_dtype,
-            attn_implementation=self.attn_implementation,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        ).train()
+        with whole_construction():  # weights are loaded into whole parameters; ZeRO-3 partitions them afterwards
+            self.lm = load_causal_lm(
+                self.model,
+                dtype=self.lm_dtype,
+                attn_implementation=self.attn_implementation,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+            ).train()
         if self.gradient_checkpointing:
             # 5.23 calls it activation_checkpointing_enable; only this name is in every 5.x.
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]

@@ -28,6 +28,7 @@ from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
 from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm
+from lightprune.partitioned import whole_construction
 from lightprune.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -93,6 +94,11 @@ class Part(Callback):
     def restructure(self, state: Mapping[str, Any]) -> None:
         """Give the model the shape that it had when `state`, this part's, was saved; its weights load next."""
 
+    @property
+    def skips_layers(self) -> bool:
+        """Whether a step in which weights move may leave whole layers out of the forward pass."""
+        return False
+
     def status(self) -> Status:
         """The numbers that matter in this part's phase, for the progress bar."""
         return {}
@@ -115,7 +121,7 @@ class Part(Callback):
         self.pipeline.advance()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if not self.pipeline.weights_held:
+        if not self.pipeline.weights_held and self.pipeline.engine.stepping:
             self.learn()
 
     def on_train_batch_end(
@@ -157,6 +163,7 @@ class Pipeline:
         self.fitting = stage == "fit"
         self.parts = sorted(_parts_of(trainer), key=lambda part: (part.stage, part.begins))
         self.cycles = cycles_of(self.selectors, self.cuts)
+        self.engine = strategies.engine_of(trainer)
         self.anatomy: Anatomy
         self._held: list[nn.Parameter] = []
         self._unwrap: list[Callable[[], None]] = []
@@ -302,6 +309,7 @@ class Pipeline:
         for part in self.parts:
             part.detach()
         self.release_weights()
+        self.engine.expect_skips(False)
         while self._unwrap:
             self._unwrap.pop()()
 
@@ -317,9 +325,11 @@ class Pipeline:
 
     def _wrap_all(self) -> None:
         if self.fitting:
-            strategies.check(self.trainer.strategy)
+            self.engine.check()
+            self.engine.expect_skips(any(part.skips_layers for part in self.parts))
         self._wrap(self.module, "configure_model", self._configure_model)
         self._wrap(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
+        self._wrap(self.trainer.strategy, "training_step", self._training_step)
         self._wrap(self.trainer.strategy, "backward", self._backward)
         self._wrap(self.trainer.strategy, "optimizer_step", self._optimizer_step)
 
@@ -342,16 +352,20 @@ class Pipeline:
 
     def _configure_model(self, original: Callable[[], None]) -> None:
         original()
-        self.attach()
+        with whole_construction():  # the checks build models of their own
+            self.attach()
 
     def _load_checkpoint(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint = original(*args, **kwargs)
-        states = checkpoint.get("callbacks", {})
+        return self.engine.load(original, self._restructure, *args, **kwargs)
+
+    def _restructure(self, states: Mapping[str, Any]) -> None:
         run_checks.check_resume(self.parts, states)
         for part in self.parts:
             if part.state_key in states:
                 part.restructure(states[part.state_key])
-        return checkpoint
+
+    def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.engine.held_step(original, *args, **kwargs) if self.weights_held else original(*args, **kwargs)
 
     def _backward(
         self,
@@ -367,9 +381,9 @@ class Pipeline:
                 penalty = part.penalty()
                 if penalty is not None:
                     loss = loss + penalty.to(loss.device) / self.trainer.accumulate_grad_batches
-        if self.weights_held and not loss.requires_grad:
-            return loss
-        return original(loss, optimizer, *args, **kwargs)
+        if not self.weights_held:
+            return original(loss, optimizer, *args, **kwargs)
+        return self.engine.held_backward(original, loss, optimizer, *args, **kwargs) if loss.requires_grad else loss
 
     def _note_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._forwarded = self._forwarded or self.training
@@ -384,13 +398,16 @@ class Pipeline:
     ) -> Any:
         if not self.weights_held:
             result = original(optimizer, closure, *args, **kwargs)
-            for part in self.parts:
-                part.project()
+            if self.engine.stepping:
+                self.engine.stepped()
+                for part in self.parts:
+                    part.project()
             return result
         result = closure()
-        for part in self.parts:
-            part.learn()
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # else schedulers warn that no step came before theirs
+        if self.engine.stepping:
+            for part in self.parts:
+                part.learn()
+            self.engine.skip_step(optimizer)
         return result
 
 

@@ -69,7 +69,7 @@ def _check_length(pipeline: "Pipeline") -> None:
 def _check_clipping(pipeline: "Pipeline") -> None:
     """Refuse at once what Lightning refuses at the first step that moves weights, perhaps long after selection."""
     trainer = pipeline.trainer
-    fused = [o for o in trainer.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
+    fused = [o for o in pipeline.engine.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
     if trainer.gradient_clip_val and fused and isinstance(trainer.precision_plugin, MixedPrecision):
         raise ConfigError(
             f"trainer.gradient_clip_val is {trainer.gradient_clip_val} and {type(fused[0]).__name__} is fused, "
@@ -83,5 +83,5 @@ def _check_optimizers(pipeline: "Pipeline") -> None:
     ahead = [cycle for cycle in pipeline.cycles if cycle.cut is not None and not cycle.done]
     cutting = [selector for cycle in ahead for selector in cycle.selectors]
     if any(selector.structures - {"layers"} for selector in cutting):
-        for optimizer in pipeline.trainer.optimizers:
+        for optimizer in pipeline.engine.optimizers:
             check_optimizer(optimizer)

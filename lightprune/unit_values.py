@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, d hidden dimensions, H query heads of D dimension
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -16,6 +17,9 @@ from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS, Axis
 from lightprune.anatomy.base import Site, Writer
 from lightprune.gates import Bypass, Handle, ReplacedForward, change_input, change_output
 from lightprune.norms import norm_over
+
+# Gives the whole of a parameter, to be changed in place.
+Edited = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -97,20 +101,25 @@ class UnitValues:
             self._handles.pop().remove()
 
     @torch.no_grad()
-    def fold(self) -> None:
-        """Write the values into the weights, so that without hooks, and cut, the model computes what it does now."""
+    def fold(self, edited: Edited = lambda parameter: nullcontext(parameter.detach())) -> None:
+        """Write the values into the weights, so that without hooks, and cut, the model computes what it does now.
+
+        Args:
+            edited: gives the whole of a parameter, to be changed in place.
+        """
         for site in self._anatomy.sites():
             if site.reads(HEADS) or site.reads(CHANNELS):
                 scale = self._of_reader(site)
                 if scale is not None:
-                    _scale(site.module, "weight", scale, inputs=True)
+                    _scale(edited, site.module, "weight", scale, inputs=True)
             elif site.layer is None and site.writes_hidden and self.values.hidden is not None:
-                _scale(site.module, "weight", self.values.hidden, inputs=isinstance(site.module, nn.Embedding))
+                inputs = isinstance(site.module, nn.Embedding)
+                _scale(edited, site.module, "weight", self.values.hidden, inputs=inputs)
         for writer in self._anatomy.writers():
             scale = self._of_writer(writer)
             if scale is not None:
                 for name in writer.names:
-                    _scale(writer.module, name, scale, offset=writer.offset)
+                    _scale(edited, writer.module, name, scale, offset=writer.offset)
 
     def _attach(self, site: Site) -> None:
         values, module = self.values, site.module
@@ -219,12 +228,15 @@ def _tied_head(anatomy: Anatomy) -> nn.Module | None:
     return next((head for head in heads if any(head.weight is weight for weight in embeddings)), None)
 
 
-def _scale(module: nn.Module, name: str, scale: Tensor, *, inputs: bool = False, offset: float = 0.0) -> None:
-    """Multiply a parameter, plus `offset`, by `scale`: [], or [n] along the module's outputs or inputs."""
+def _scale(
+    edited: Edited, module: nn.Module, name: str, scale: Tensor, *, inputs: bool = False, offset: float = 0.0
+) -> None:
+    """Multiply a parameter, plus `offset`, by `scale`, [] or [n] along what the module's outputs, or inputs, run over."""
     parameter = getattr(module, name, None)
     if parameter is None:
         return
-    if scale.ndim and parameter.ndim > 1 and inputs == isinstance(module, Conv1D):
-        scale = scale.unsqueeze(1)
-    precise = parameter.to(torch.promote_types(parameter.dtype, scale.dtype))
-    parameter.copy_((precise + offset) * scale - offset)
+    with edited(parameter) as values:
+        if scale.ndim and values.ndim > 1 and inputs == isinstance(module, Conv1D):
+            scale = scale.unsqueeze(1)
+        precise = values.to(torch.promote_types(values.dtype, scale.dtype))
+        values.copy_((precise + offset) * scale - offset)

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy.axes import HIDDEN, Axis, Shape, Structure
+from lightprune.partitioned import whole_shape
 
 if TYPE_CHECKING:
     from lightprune.plan import PruningPlan
@@ -157,7 +158,7 @@ class Site:
     def weights(self) -> Iterator[Weight]:
         """Its parameters that have something to prune."""
         for name, parameter in self.module.named_parameters(recurse=False):
-            if parameter.ndim == 1:
+            if len(whole_shape(parameter)) == 1:
                 axes = self.axes[:1]
             else:
                 axes = self.axes[::-1] if isinstance(self.module, Conv1D) else self.axes
@@ -219,11 +220,11 @@ class Anatomy:
     @property
     def num_parameters(self) -> int:
         """How many parameters the model has now; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.lm.parameters())
+        return sum(whole_shape(parameter).numel() for parameter in self.lm.parameters())
 
     def parameters_of_layer(self, index: int) -> int:
         """How many parameters layer `index` holds."""
-        return sum(parameter.numel() for parameter in self.layers[index].parameters())
+        return sum(whole_shape(parameter).numel() for parameter in self.layers[index].parameters())
 
     def sites(self) -> Iterator["Site"]:
         """Every module that has something to prune, layers in order, then the stem."""

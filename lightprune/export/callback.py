@@ -14,6 +14,7 @@ from lightprune.finish import FinishingCallback
 from lightprune.host import find_causal_lm
 from lightprune.hub import Dtype, torch_dtype
 from lightprune.pipeline import Pipeline
+from lightprune.strategies import engine_of
 
 
 class ExportHF(FinishingCallback):
@@ -53,9 +54,10 @@ class ExportHF(FinishingCallback):
         if pipeline is not None and pipeline.cut is not None and not pipeline.cut.done:
             rank_zero_warn(f"Nothing is exported to {self.path!r}: training ended before the cut.")
             return
-        if trainer.is_global_zero:
+        lm = engine_of(trainer).whole(find_causal_lm(pl_module)[1])
+        if lm is not None:
             target = export_hf(
-                find_causal_lm(pl_module)[1],
+                lm,
                 self.path,
                 tokenizer=tokenizer_of(trainer, pl_module),
                 plan=None if pipeline is None else pipeline.executed,

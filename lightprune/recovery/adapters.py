@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy import Anatomy
+from lightprune.partitioned import changed
 from lightprune.random_state import seed_generators
 
 # What `peft` calls an adapter that is the only one.
@@ -94,7 +95,10 @@ class Adapters:
     @torch.no_grad()
     def merge(self) -> None:
         """Add them to the weights, W + scale * B A, and leave the plain model."""
-        self._tuner.merge_and_unload()
+        for layer in self._layers.values():
+            with changed([layer.get_base_layer().weight, *layer.lora_A.parameters(), *layer.lora_B.parameters()]):
+                layer.merge()
+        self._tuner.unload()
         self._leave()
 
     def remove(self) -> None:

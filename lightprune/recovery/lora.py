@@ -3,11 +3,12 @@
 `peft` comes with an extra, so what needs it is imported where it is used.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from torch.optim import Optimizer
 
 from lightprune.errors import ConfigError
 from lightprune.pipeline import Part, Stage
@@ -68,7 +69,7 @@ class LoRARecovery(Part):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self.pipeline._wrap(trainer.strategy, "setup_optimizers", self._setup_optimizers)
+        self.pipeline._wrap(trainer.strategy, self.pipeline.engine.makes_optimizers, self._make_optimizers)
 
     def check(self) -> None:
         _require_peft()
@@ -86,8 +87,9 @@ class LoRARecovery(Part):
     def advance(self, step: int) -> None:
         cut = self.pipeline.cut
         if self._adapters is None and cut is not None and cut.done:
-            self._adapt()
-            self._enter(self.pipeline.trainer)
+            with self.pipeline.engine.rewrapped():
+                self._adapt()
+                self._enter(self.pipeline.engine.optimizers)
 
     def finish(self) -> None:
         """Merge the adapters: an ordinary model is left, and optimizers that would train its weights anew."""
@@ -97,7 +99,7 @@ class LoRARecovery(Part):
 
         self._adapters.merge()
         if self.pipeline.fitting:  # else no optimizer has them
-            restore(self.pipeline.trainer.optimizers, self._before)
+            restore(self.pipeline.engine.optimizers, self._before)
         self._adapters, self._before = None, []
 
     def detach(self) -> None:
@@ -141,21 +143,21 @@ class LoRARecovery(Part):
         for module in self._adapters.modules:
             self.pipeline.trainer.precision_plugin.convert_module(module)
 
-    def _enter(self, trainer: L.Trainer) -> None:
+    def _enter(self, optimizers: Sequence[Optimizer]) -> None:
         """Put the adapters into the optimizers."""
         from lightprune.recovery.adapters import substitute
 
         assert self._adapters is not None
-        self._before = substitute(trainer.optimizers, self._adapters.substitutes)
+        self._before = substitute(optimizers, self._adapters.substitutes)
 
-    def _setup_optimizers(self, original: Callable[[L.Trainer], None], trainer: L.Trainer) -> None:
+    def _make_optimizers(self, original: Callable[..., Any], *args: Any) -> Any:
         """On a resume, let the module make its optimizers as at the start, for the model without adapters."""
         if self._adapters is None:
-            original(trainer)
-            return
+            return original(*args)
         with self._adapters.hidden():
-            original(trainer)
-        self._enter(trainer)
+            made = original(*args)
+        self._enter(self.pipeline.engine.made(made))
+        return made
 
     def _resolved(self) -> dict[str, Any]:
         """What decides the shapes of the adapters and what they do."""

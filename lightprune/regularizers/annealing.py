@@ -55,6 +55,10 @@ class GateAnnealing(Regularizer):
                 "GateAnnealing fades units out for a cut, and there is none: add a StructuredCut to trainer.callbacks."
             )
 
+    @property
+    def skips_layers(self) -> bool:
+        return any("layers" in selector.structures for cycle in self.cycles() for selector in cycle.selectors)
+
     def watch(self, plan: PruningPlan) -> None:
         anatomy = self.pipeline.anatomy
         self._plan, self._masks = plan, UnitMasks(anatomy, plan)

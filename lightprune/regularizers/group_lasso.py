@@ -45,8 +45,8 @@ class ProximalGroupLasso(UnitRegularizer):
     def project(self) -> None:
         if not self._groups:
             return
-        optimizers = self.pipeline.trainer.optimizers
-        rates = {weight: group["lr"] for o in optimizers for group in o.param_groups for weight in group["params"]}
+        engine = self.pipeline.engine
+        rates = engine.rates
         strength, left = self.strength or 0.0, self._steps_left()
         for group in self._groups:
             norms = None if self.strength is None else group.norms("l2")
@@ -55,8 +55,9 @@ class ProximalGroupLasso(UnitRegularizer):
                 rate = rates.get(weight, 0.0)
                 # Without a strength tau is the norm divided by the steps left: the last step leaves exactly zero.
                 share: float | Tensor = 1 / left if norms is None else shrinkage(norms, strength * rate)
-                units = place.units(weight)
-                units.mul_(per_unit(1 - group.removed * share, units))
+                with engine.edited(weight) as values:
+                    units = place.units(values)
+                    units.mul_(per_unit(1 - group.removed * share, units))
 
     def _steps_left(self) -> int:
         """Optimizer steps until the window is over, the one just made included; 1 from then on."""

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from lightprune.anatomy import Unit
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Axis
 from lightprune.anatomy.base import Site
+from lightprune.partitioned import whole
 from lightprune.scores import Metric, activation_scores, add_moments, magnitudes
 from lightprune.selectors.calibration import CalibratedUnitSelector, accumulator
 from lightprune.selectors.counts import Keep
@@ -108,9 +109,9 @@ class ActivationUnitSelector(CalibratedUnitSelector):
 
 def column_norms(site: Site, axis: Axis) -> Tensor:
     """The l2 norm [m] of each column of a projection's weight: each vector that one of its inputs is multiplied by."""
-    (weight,) = [weight for weight in site.weights() if axis in weight.axes and weight.parameter.ndim > 1]
+    (weight,) = [weight for weight in site.weights() if axis in weight.axes and len(weight.axes) > 1]
     dimension = weight.axes.index(axis)
-    matrix = weight.parameter.movedim(dimension, 0)
+    matrix = whole(weight.parameter).movedim(dimension, 0)
     return cast(Tensor, torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32))
 
 

@@ -103,7 +103,9 @@ class Selector(Part):
         if not any(other._open and other.hold_weights for other in self.pipeline.selectors):
             self.pipeline.release_weights()
         made_by = {"selector": type(self).__name__, "step": self.pipeline.step}
-        self.plan = replace(plan, provenance={**made_by, **plan.provenance})
+        decided = replace(plan, provenance={**made_by, **plan.provenance})
+        # All ranks have seen the same, but for rounding, and rounding must not decide.
+        self.plan = PruningPlan.from_dict(self.pipeline.engine.broadcast(decided.to_dict()))
 
     def state_dict(self) -> dict[str, Any]:
         return {"plan": None if self.plan is None else self.plan.to_dict(), **self.scores_state()}

@@ -54,7 +54,13 @@ class BlockInfluenceSelector(LayerSelector):
         """BI_l of every layer [L], from 0 (the layer changes nothing) to 2."""
         return self._sums / self._batches.clamp(min=1)
 
+    def _mean(self) -> tuple[Tensor, Tensor]:
+        """The sums and the number of batches, the mean over all ranks; every rank must ask."""
+        sums, batches = self.pipeline.engine.mean(torch.stack([self._sums, self._batches]))
+        return sums, batches
+
     def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
+        self._sums, self._batches = self._mean()
         self.pipeline.log({f"select/influence/layer_{i:02d}": float(v) for i, v in enumerate(self.scores)})
         return lowest(self.scores, self.candidates, self.drop), {"block_influence": self.scores.tolist()}
 
@@ -62,7 +68,9 @@ class BlockInfluenceSelector(LayerSelector):
         return {"scored": int(self._batches.max())} if self._open else super().status()
 
     def scores_state(self) -> dict[str, Any]:
-        return {"sums": self._sums, "batches": self._batches}
+        # The mean over ranks: each of them takes it back, and together they have the same scores again.
+        sums, batches = self._mean() if len(self._sums) else (self._sums, self._batches)
+        return {"sums": sums, "batches": batches}
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:
         self._sums, self._batches = state["sums"], state["batches"]

@@ -62,7 +62,7 @@ class GreedyPerplexitySelector(LayerSelector):
         """Mean loss over the kept batches, in nats a token, with each remaining candidate left out in turn."""
         remaining = [index for index in self.candidates if index not in dropped]
         sums = dict.fromkeys(remaining, 0.0)
-        tokens = 0
+        tokens: float = 0
         for stored in self._batches:
             inputs = {name: tensor.to(self.pipeline.lm.device) for name, tensor in stored.items()}
             entering = entering_states(lm, layers, inputs, dropped)
@@ -70,7 +70,8 @@ class GreedyPerplexitySelector(LayerSelector):
                 loss, tokens_here = self._loss_without(lm, layers, inputs, index, dropped, entering[index])
                 sums[index] += loss
             tokens += tokens_here
-        return {index: total / tokens for index, total in sums.items()}
+        *totals, tokens = self.pipeline.engine.sum(torch.tensor([*sums.values(), tokens], dtype=torch.float64)).tolist()
+        return {index: total / tokens for index, total in zip(sums, totals, strict=True)}
 
     @staticmethod
     def _loss_without(
@@ -90,10 +91,16 @@ class GreedyPerplexitySelector(LayerSelector):
         return {"kept": len(self._batches)} if self._open else super().status()
 
     def scores_state(self) -> dict[str, Any]:
-        return {"batches": self._batches}
+        # Each rank's in turn, as they came: each takes back its own.
+        return {
+            "batches": [
+                b for of_ranks in zip(*self.pipeline.engine.gather(self._batches), strict=True) for b in of_ranks
+            ]
+        }
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:
-        self._batches = state["batches"]
+        trainer = self.pipeline.trainer
+        self._batches = state["batches"][trainer.global_rank :: trainer.world_size]
 
 
 def _skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

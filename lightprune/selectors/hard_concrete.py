@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lightprune.anatomy import STRUCTURES, Shape, Structure
 from lightprune.cycle import expected_shapes
 from lightprune.errors import ConfigError
-from lightprune.own_optimizer import step_own
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.plots import mask_figure
@@ -130,6 +129,10 @@ class HardConcreteSelector(Selector):
         """The share of the model's parameters that the target shape lacks."""
         return self._target_sparsity
 
+    @property
+    def skips_layers(self) -> bool:
+        return "layers" in self.structures
+
     def check(self) -> None:
         super().check()
         for key in ("lr", "multiplier_lr"):
@@ -188,7 +191,7 @@ class HardConcreteSelector(Selector):
         if not self._open or self._masks is None or self._adam is None:
             return
         self._collect()
-        step_own(self._adam, self.pipeline)
+        self.pipeline.engine.learn(self._adam, held=self.pipeline.weights_held)
         self._masks.clamp()
 
     def choose(self) -> PruningPlan:
@@ -207,7 +210,7 @@ class HardConcreteSelector(Selector):
 
     def fold(self) -> None:
         if self._units is not None:
-            self._units.fold()
+            self._units.fold(self.pipeline.engine.edited)
 
     def detach(self) -> None:
         super().detach()

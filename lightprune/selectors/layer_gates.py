@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightprune.errors import ConfigError
 from lightprune.gates import Bypass, Placement, attach_gate
-from lightprune.own_optimizer import step_own
 from lightprune.pipeline import Status
 from lightprune.selectors.base import LayerSelector, lowest
 
@@ -104,6 +103,10 @@ class LayerGateSelector(LayerSelector):
         super().check()
 
     @property
+    def skips_layers(self) -> bool:
+        return not self.hold_weights
+
+    @property
     def round(self) -> int:
         """The current round, from 0."""
         return len(self._history)
@@ -131,7 +134,7 @@ class LayerGateSelector(LayerSelector):
         """One step of Adam on the gates."""
         if not self._open or self._adam is None:
             return
-        step_own(self._adam, self.pipeline)
+        self.pipeline.engine.learn(self._adam, held=self.pipeline.weights_held)
         self._round_steps += 1
         smallest = self._smallest_gates()
         self._stable_steps = self._stable_steps + 1 if smallest == self._smallest else 0

@@ -91,7 +91,7 @@ class TaylorUnitSelector(CalibratedUnitSelector):
 
     def _loss_scale(self, finite: Tensor) -> Tensor:
         """What the loss was multiplied by; while no optimizer steps, this lowers it after an overflow."""
-        scaler = getattr(self.pipeline.trainer.precision_plugin, "scaler", None)
+        scaler = self.pipeline.engine.scaler
         one = torch.ones((), device=finite.device)
         if scaler is None or not scaler.is_enabled():
             return one

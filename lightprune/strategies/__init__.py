@@ -1,22 +1,30 @@
-"""How a Lightning strategy is made whole after surgery: one file for each strategy."""
+"""How a Lightning strategy trains while the model changes under it: one file, and one engine, for each strategy."""
 
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+import lightning as L
 
 from lightprune.errors import ConfigError
-from lightprune.strategies.single_device import cut
+from lightprune.strategies.base import Engine
+from lightprune.strategies.ddp import DDP
+from lightprune.strategies.deepspeed import DeepSpeed
+from lightprune.strategies.single_device import SingleDevice
+
+# A subclass of a Lightning strategy before the class that it derives from.
+ENGINES: tuple[type[Engine], ...] = (DeepSpeed, DDP, SingleDevice)
 
 
-def check(strategy: Strategy) -> None:
-    """Refuse a strategy under which the model cannot be cut.
+def engine_of(trainer: L.Trainer) -> Engine:
+    """The engine of a trainer's strategy.
 
     Raises:
-        ConfigError: lightprune does not support `strategy`.
+        ConfigError: lightprune does not support the strategy.
     """
-    if not isinstance(strategy, SingleDeviceStrategy):
-        raise ConfigError(
-            f"lightprune cannot prune under {type(strategy).__name__}: it supports a single device; "
-            "set trainer.devices=1 and trainer.strategy=auto."
-        )
+    for engine in ENGINES:
+        if isinstance(trainer.strategy, engine.supports):
+            return engine(trainer)
+    raise ConfigError(
+        f"lightprune cannot prune under {type(trainer.strategy).__name__}: set trainer.strategy to auto (one device), "
+        "ddp (the model fits on each device) or deepspeed_stage_3 (it does not)."
+    )
 
 
-__all__ = ["check", "cut"]
+__all__ = ["Engine", "engine_of"]

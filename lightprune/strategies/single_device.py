@@ -1,22 +1,40 @@
-"""One device: the module is its own engine, so surgery on the module and on its optimizers is all there is to do."""
+"""One device: the module is its own engine, so there is nothing to make whole."""
 
-import lightning as L
-from torch import nn
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
-from lightprune.anatomy import Anatomy
-from lightprune.plan import PruningPlan
-from lightprune.surgery import Rows, cut_model, remove_parameters, replace_parameter
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure
+from lightprune.strategies.zero_checkpoint import is_sharded, whole_checkpoint
 
 
-def cut(trainer: L.Trainer, anatomy: Anatomy, plan: PruningPlan) -> None:
-    """Execute `plan` inside a running fit: model, optimizers, schedulers. `global_step` and the loops go on."""
+class SingleDevice(Engine):
+    """Lightning's `SingleDeviceStrategy`."""
 
-    def on_replace(old: nn.Parameter, new: nn.Parameter, rows: Rows) -> None:
-        for optimizer in trainer.optimizers:
-            replace_parameter(optimizer, old, new, rows)
+    supports = SingleDeviceStrategy
 
-    removed = [parameter for i in plan.dropped_layers for parameter in anatomy.layers[i].parameters()]
-    cut_model(anatomy, plan, on_replace)
-    for optimizer in trainer.optimizers:
-        schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
-        remove_parameters(optimizer, schedulers, removed)
+    def load(
+        self, original: Callable[..., Checkpoint], restructure: Restructure, path: Any, *args: Any, **kwargs: Any
+    ) -> Checkpoint:
+        # What DeepSpeed has saved is read here too, to export it.
+        read = whole_checkpoint if is_sharded(path) else partial(original, *args, **kwargs)
+        return super().load(read, restructure, path)
+
+    def rewrapped(self) -> AbstractContextManager[Replaced]:
+        return nullcontext({})
+
+    def learn(self, optimizer: Optimizer, *, held: bool) -> None:
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            self._step(optimizer, held=held)
+        optimizer.zero_grad()
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        return value

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightprune.anatomy import Anatomy, Structure
 from lightprune.anatomy.axes import Axis
+from lightprune.partitioned import whole_shape
 
 
 def expected_parameters(anatomy: Anatomy, is_open: Mapping[Structure, Tensor]) -> float:
@@ -35,10 +36,9 @@ def expected_parameters(anatomy: Anatomy, is_open: Mapping[Structure, Tensor]) -
     prefix = f"{anatomy.family.layers}."
     expected = 0.0
     for name, parameter in anatomy.lm.named_parameters():
-        of_axes, layer = axes.get(name, ((None,) * parameter.ndim, None))
-        lengths = [
-            size if axis is None else length(axis, layer) for axis, size in zip(of_axes, parameter.shape, strict=True)
-        ]
+        sizes = whole_shape(parameter)
+        of_axes, layer = axes.get(name, ((None,) * len(sizes), None))
+        lengths = [size if axis is None else length(axis, layer) for axis, size in zip(of_axes, sizes, strict=True)]
         if name.startswith(prefix):
             expected += prod(lengths) * layers[int(name.removeprefix(prefix).partition(".")[0])]
         else:

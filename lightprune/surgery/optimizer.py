@@ -12,6 +12,8 @@ from lightprune.surgery.model import Rows, sliced
 
 # Optimizers that keep, for each parameter, tensors of its own shape and numbers, and nothing that mixes its entries.
 ELEMENTWISE = (Adam, AdamW, SGD)
+# The same of deepspeed, which need not be installed.
+_ELEMENTWISE_IN_DEEPSPEED = ("DeepSpeedCPUAdam", "FusedAdam")
 
 # What PyTorch's schedulers keep one entry of for every parameter group.
 _PER_GROUP_LISTS = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs")
@@ -23,7 +25,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ConfigError: it is none of Adam, AdamW and SGD.
     """
-    if not isinstance(optimizer, ELEMENTWISE):
+    if not isinstance(optimizer, ELEMENTWISE) and type(optimizer).__name__ not in _ELEMENTWISE_IN_DEEPSPEED:
         allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE)
         raise ConfigError(
             f"lightprune cannot carry the state of {type(optimizer).__name__} through a cut in width: it can that of "

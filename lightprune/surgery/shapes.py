@@ -6,6 +6,7 @@ import torch
 
 from lightprune.anatomy import Anatomy
 from lightprune.anatomy.axes import length
+from lightprune.partitioned import whole_shape
 from lightprune.plan import PruningPlan
 
 
@@ -19,8 +20,9 @@ def resulting_shapes(anatomy: Anatomy, plan: PruningPlan) -> dict[str, torch.Siz
     new_index = {old: new for new, old in enumerate(plan.kept_layers)}
     shapes = {}
     for name, parameter in anatomy.lm.named_parameters():
-        sizes = of_weights.get(name, [None] * parameter.ndim)
-        shape = torch.Size(old if size is None else size for old, size in zip(parameter.shape, sizes, strict=True))
+        before = whole_shape(parameter)
+        sizes = of_weights.get(name, [None] * len(before))
+        shape = torch.Size(old if size is None else size for old, size in zip(before, sizes, strict=True))
         if name.startswith(layers):
             index, _, rest = name.removeprefix(layers).partition(".")
             if int(index) not in new_index:

@@ -1,0 +1,82 @@
+"""Parameters that ZeRO-3 has partitioned: their shapes, and the whole of one at a time.
+
+Such a parameter is empty outside its module's forward and backward passes; every rank keeps an equal part of its
+flattened values, padded at the end, in `ds_tensor`. All other parameters are whole as they are.
+"""
+
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether each rank keeps a part of the parameter only."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter."""
+    return torch.Size(cast(Any, parameter).ds_shape) if is_partitioned(parameter) else parameter.shape
+
+
+@torch.no_grad()
+def whole(parameter: nn.Parameter) -> Tensor:
+    """The whole of a parameter, without gradient; it itself if it is whole. Every rank must ask for it."""
+    if not is_partitioned(parameter):
+        return parameter.detach()
+    partitioned: Any = parameter
+    part = partitioned.ds_tensor.detach().to(partitioned.device)
+    group = partitioned.ds_process_group
+    parts: Tensor = part.new_empty(torch.distributed.get_world_size(group) * part.numel())
+    torch.distributed.all_gather_into_tensor(parts, part.contiguous(), group=group)
+    return parts[: whole_shape(parameter).numel()].view(whole_shape(parameter))
+
+
+@contextmanager
+def changed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The parameters are whole inside, and what every rank makes of them stays; no optimizer may train them."""
+    if not any(map(is_partitioned, parameters)):
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(list(parameters), modifier_rank=0):
+        yield
+
+
+def partition_like(parameter: nn.Parameter, model: nn.Parameter) -> None:
+    """Partition a new parameter, in place, if `model`, which it takes the place of, is."""
+    if is_partitioned(model):
+        cast(Any, model).convert_to_zero_parameters(param_list=[parameter])
+
+
+def twin(module: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> nn.Module:
+    """The same modules with other parameters, buffers on the CPU, and no hooks; tied parameters stay tied."""
+    same = copy.copy(module)
+    for name, value in vars(module).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+            same.__dict__[name] = OrderedDict()
+    same.__dict__["_parameters"] = {name: p if p is None else parameters[p] for name, p in module._parameters.items()}
+    same.__dict__["_buffers"] = {name: b if b is None else b.cpu() for name, b in module._buffers.items()}
+    same.__dict__["_modules"] = {name: m if m is None else twin(m, parameters) for name, m in module._modules.items()}
+    return same
+
+
+@contextmanager
+def whole_construction() -> Iterator[None]:
+    """Modules built inside are whole, in Lightning's `configure_model` too, where ZeRO-3 partitions what it builds."""
+    deepspeed = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if deepspeed is None:
+        yield
+        return
+    deepspeed.shutdown_init_context()
+    try:
+        yield
+    finally:
+        deepspeed.restore_init_context()

@@ -1,0 +1,224 @@
+"""`Engine`: what the pipeline asks of a Lightning strategy. One file, and one subclass, for each that is supported."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lightprune.anatomy import Anatomy
+from lightprune.plan import PruningPlan
+from lightprune.surgery import Rows, cut_model, remove_parameters, replace_parameter
+
+Checkpoint = dict[str, Any]
+# Gives the model the shape that it had, by the callbacks' states in a checkpoint.
+Restructure = Callable[[Mapping[str, Any]], None]
+# For a new parameter, the one in whose place it is, and the rows that it has of that.
+Replaced = dict[nn.Parameter, tuple[nn.Parameter, Rows]]
+
+
+class Engine:
+    """How one kind of Lightning strategy trains, and how it is made whole when the model changes under it.
+
+    Attributes:
+        supports: the Lightning strategies that this one works for.
+        trainer: whose strategy it is.
+    """
+
+    supports: ClassVar[type[Strategy]]
+    # The method of the strategy in which the module is asked for its optimizers.
+    makes_optimizers: ClassVar[str] = "setup_optimizers"
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self.trainer = trainer
+
+    @property
+    def strategy(self) -> Any:
+        """Lightning's strategy."""
+        return self.trainer.strategy
+
+    @property
+    def module(self) -> L.LightningModule:
+        """The module, without what the strategy wraps around it."""
+        module: L.LightningModule = self.strategy.lightning_module
+        return module
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The user's own optimizers, without what the strategy wraps around them."""
+        return list(self.trainer.optimizers)
+
+    def made(self, returned: Any) -> list[Optimizer]:
+        """The optimizers that `makes_optimizers` has just made and, perhaps, `returned`."""
+        return self.optimizers
+
+    def check(self) -> None:
+        """Refuse settings of the strategy under which nothing can be pruned; called before the model is wrapped.
+
+        Raises:
+            ConfigError: there are such.
+        """
+
+    def expect_skips(self, skips: bool) -> None:
+        """Say whether steps that move weights may leave whole layers out. Holds from the next wrapping of the model."""
+
+    # Steps.
+
+    @property
+    def stepping(self) -> bool:
+        """Whether the batch that is running is the last one that its optimizer step accumulates."""
+        accumulates = self.strategy.handles_gradient_accumulation and self.trainer.fit_loop._should_accumulate()
+        return not accumulates
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        """What scales the loss of a held step, and of others where Lightning does it; None where nothing does."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    def held_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's training step while its weights stand still: no wrapper waits for their gradients."""
+        with self.unwrapped():
+            return original(*args, **kwargs)
+
+    def held_backward(self, original: Callable[..., Tensor], loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The backward pass of a held step."""
+        with self.unwrapped():
+            return original(loss, *args, **kwargs)
+
+    def stepped(self) -> None:
+        """Note an optimizer step in which the weights moved."""
+
+    def skip_step(self, optimizer: Optimizer) -> None:
+        """Note an optimizer step in which the weights stood still; schedulers warn where no step came before theirs."""
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def learn(self, optimizer: Optimizer, *, held: bool) -> None:
+        """Step an optimizer of a part's own, of parameters that the strategy does not know, and clear their gradients.
+
+        They learn from the mean of all ranks' gradients, so every rank must call this. Where no rank has any (every
+        batch was skipped), and where a loss scale overflowed, nothing moves.
+
+        Args:
+            optimizer: of parameters that all ranks hold in the same state.
+            held: whether the weights stand still, so that nobody else steps the loss scale.
+        """
+        if average_gradients(optimizer, self.mean):
+            self._step(optimizer, held=held)
+        optimizer.zero_grad()
+
+    def _step(self, optimizer: Optimizer, *, held: bool) -> None:
+        if self.scaler is None:
+            optimizer.step()
+            return
+        self.scaler.step(optimizer)
+        if held:
+            self.scaler.update()
+
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """The strategy with the module alone, as if nothing had ever been wrapped around it."""
+        wrapper = self.strategy.model
+        self.strategy.model = self.module
+        try:
+            yield
+        finally:
+            self.strategy.model = wrapper
+
+    # The model changes.
+
+    def rewrapped(self) -> AbstractContextManager[Replaced]:
+        """Inside, the model may change: its parameters, and those that the optimizers have. Then all is made whole.
+
+        What is entered takes note of every parameter that is replaced.
+        """
+        raise NotImplementedError
+
+    def cut(self, anatomy: Anatomy, plan: PruningPlan) -> None:
+        """Execute `plan` inside a running fit: model, optimizers, schedulers. `global_step` and the loops go on."""
+        with self.rewrapped() as replaced:
+            self._cut(anatomy, plan, replaced)
+
+    def _cut(self, anatomy: Anatomy, plan: PruningPlan, replaced: Replaced) -> None:
+        """Cut the model, and take what goes out of the optimizers and schedulers, which stay the same objects."""
+
+        def on_replace(old: nn.Parameter, new: nn.Parameter, rows: Rows) -> None:
+            replaced[new] = old, rows
+            for optimizer in self.optimizers:
+                replace_parameter(optimizer, old, new, rows)
+
+        removed = [parameter for i in plan.dropped_layers for parameter in anatomy.layers[i].parameters()]
+        cut_model(anatomy, plan, on_replace)
+        for optimizer in self.optimizers:
+            schedulers = [c.scheduler for c in self.trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
+            remove_parameters(optimizer, schedulers, removed)
+
+    def load(
+        self, original: Callable[..., Checkpoint], restructure: Restructure, path: Any, *args: Any, **kwargs: Any
+    ) -> Checkpoint:
+        """Load a checkpoint by the strategy's own `load_checkpoint`, into a model that gets its shape first."""
+        checkpoint = original(path, *args, **kwargs)
+        restructure(checkpoint.get("callbacks", {}))
+        return checkpoint
+
+    @property
+    def rates(self) -> dict[nn.Parameter, float]:
+        """The learning rate of every parameter that an optimizer trains."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return {parameter: group["lr"] for group in groups for parameter in group["params"]}
+
+    @contextmanager
+    def edited(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        """The whole of a parameter at full precision, to be changed in place, by every rank in the same way."""
+        yield parameter.detach()
+
+    def whole(self, lm: PreTrainedModel) -> PreTrainedModel | None:
+        """A language model that rank 0 can run and write on its own; None on other ranks. Every rank must ask."""
+        return lm if self.strategy.is_global_zero else None
+
+    # Ranks.
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all ranks; every rank must ask."""
+        reduced: Tensor = self.strategy.reduce(tensor.to(self.strategy.root_device, copy=True), reduce_op="mean")
+        return reduced.to(tensor.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks; every rank must ask."""
+        return self.mean(tensor) * self.trainer.world_size
+
+    def broadcast(self, value: Any) -> Any:
+        """What rank 0 has, on every rank."""
+        return self.strategy.broadcast(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has, in the order of the ranks, on every rank."""
+        if self.trainer.world_size == 1:
+            return [value]
+        values = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+
+def average_gradients(optimizer: Optimizer, mean: Callable[[Tensor], Tensor]) -> bool:
+    """Replace the gradients of an optimizer's parameters by their means over all ranks, in one reduction.
+
+    A rank that has none counts as zeros. Returns whether any rank has one.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    present = any(parameter.grad is not None for parameter in parameters)
+    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([piece.float().flatten() for piece in pieces] + [pieces[0].new_tensor([present]).float()])
+    flat = mean(flat)
+    if not flat[-1]:
+        return False
+    offset = 0
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = flat[offset : offset + piece.numel()].view_as(piece).to(piece.dtype)
+        offset += piece.numel()
+    return True

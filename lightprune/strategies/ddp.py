@@ -1,0 +1,48 @@
+"""DDP: whole models on every rank, wrapped into an object that has to be made anew when the parameters change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from lightprune.errors import ConfigError
+from lightprune.strategies.base import Engine, Replaced
+
+
+class DDP(Engine):
+    """Lightning's `DDPStrategy`, however its processes are started."""
+
+    supports = DDPStrategy
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        super().__init__(trainer)
+        self._options: dict[str, Any] = self.strategy._ddp_kwargs
+
+    def check(self) -> None:
+        if self._options.get("static_graph"):
+            raise ConfigError(
+                "DDPStrategy.static_graph is True, and pruning changes the graph while it trains: set "
+                "trainer.strategy.init_args.static_graph=false."
+            )
+        if self.strategy._model_averaging_period is not None:
+            raise ConfigError(
+                f"DDPStrategy.model_averaging_period is {self.strategy._model_averaging_period}: ranks whose weights "
+                "differ cannot be cut as one model; set trainer.strategy.init_args.model_averaging_period=null."
+            )
+
+    @contextmanager
+    def rewrapped(self) -> Iterator[Replaced]:
+        wrapper = self.strategy.model
+        wrapped = isinstance(wrapper, DistributedDataParallel)
+        self.strategy.model = self.module
+        if wrapped:
+            del wrapper.reducer  # with it go the hooks on the parameters, whoever else holds the wrapper
+        yield {}
+        if wrapped:
+            self.strategy.configure_ddp()
+
+    def expect_skips(self, skips: bool) -> None:
+        self.strategy._ddp_kwargs = self._options | {"find_unused_parameters": True} if skips else self._options

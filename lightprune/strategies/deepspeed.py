@@ -1,0 +1,242 @@
+"""DeepSpeed ZeRO-1, 2 and 3: an engine that owns the weights in full precision, and is built anew when they change."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from packaging.specifiers import SpecifierSet
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lightprune.errors import ConfigError
+from lightprune.partitioned import is_partitioned, twin, whole, whole_shape
+from lightprune.strategies import zero
+from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure
+from lightprune.strategies.exact import ExactDeepSpeedStrategy
+from lightprune.strategies.zero_checkpoint import is_sharded, model_states, safe_loading
+
+# Names of deepspeed's that are not public are used, and were checked in these.
+VERSIONS = SpecifierSet(">=0.19.8,<0.20")
+
+# What a ZeRO-3 engine leaves on the modules, and the next one would take for its own: functions of the old engine.
+_LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
+
+
+class DeepSpeed(Engine):
+    """Lightning's `DeepSpeedStrategy` with ZeRO of stage 1, 2 or 3, and the strategies derived from it."""
+
+    supports = DeepSpeedStrategy
+    makes_optimizers = "_init_optimizers"
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        super().__init__(trainer)
+        self._skips = False
+        self._scaler: GradScaler | None = None
+        self._places: dict[nn.Parameter, zero.Place] | None = None
+
+    def check(self) -> None:
+        installed = version("deepspeed")
+        if installed not in VERSIONS:
+            raise ConfigError(
+                f"deepspeed {installed} is installed, and lightprune cuts under {VERSIONS} only: install "
+                "`deepspeed>=0.19.8,<0.20`."
+            )
+        config = self.strategy.config or {}
+        for key in ("optimizer", "scheduler"):
+            if key in config:
+                raise ConfigError(
+                    f"trainer.strategy.config has its own {key!r}, which no cut can carry over: leave it out there, "
+                    f"and give the module its `{'lr_scheduler' if key == 'scheduler' else key}`."
+                )
+        settings = config.get("zero_optimization", {})
+        if settings.get("stage") not in (1, 2, 3):
+            raise ConfigError(
+                f"trainer.strategy has the ZeRO stage {settings.get('stage')}: set it to 1, 2 or 3, or use ddp."
+            )
+        for key in ("offload_optimizer", "offload_param"):
+            device = (settings.get(key) or {}).get("device")
+            if device == "nvme":
+                raise ConfigError(
+                    f"trainer.strategy offloads to nvme ({key}), from where nothing can be cut: offload to cpu."
+                )
+        if "grad_accum_dtype" in config.get("data_types", {}):
+            raise ConfigError(
+                "trainer.strategy.config sets data_types.grad_accum_dtype, and the optimizer that deepspeed then takes "
+                "cannot be cut: leave it out."
+            )
+        accumulate = self.trainer.accumulate_grad_batches
+        if accumulate > 1 and not isinstance(self.strategy, ExactDeepSpeedStrategy):
+            rank_zero_warn(
+                f"trainer.accumulate_grad_batches is {accumulate}: Lightning divides the loss by it, and deepspeed "
+                "again, so that gradients, and what clipping sees, are too small by that factor. "
+                "trainer.strategy=lightprune.strategies.exact.ExactDeepSpeedStrategy divides once."
+            )
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        return [getattr(optimizer, "optimizer", optimizer) for optimizer in self.trainer.optimizers]
+
+    def made(self, returned: Any) -> list[Optimizer]:
+        optimizer, _ = returned
+        return [optimizer]
+
+    # Steps.
+
+    @property
+    def scaler(self) -> GradScaler | None:
+        if not self.strategy.precision_plugin.precision.startswith("16"):
+            return None
+        if self._scaler is None:  # of held steps alone: others are the engine's to scale
+            self._scaler = GradScaler(self.strategy.root_device.type)
+        return self._scaler
+
+    def held_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # Through the module's own call, where ZeRO-3 has its hooks; the engine's call would wait for gradients.
+        with self.unwrapped(), self.strategy.precision_plugin.train_step_context():
+            return self.strategy._forward_redirection(self.module, self.module, "training_step", *args, **kwargs)
+
+    def held_backward(self, original: Callable[..., Tensor], loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("scale_wrt_gas", None)
+        with self.unwrapped():
+            result = DeepSpeedStrategy.backward(
+                self.strategy, loss if self.scaler is None else self.scaler.scale(loss), *args, **kwargs
+            )
+        if zero.is_stage_3(self._zero):
+            self._zero.parameter_offload.release_backward_leftovers()
+        return result
+
+    def expect_skips(self, skips: bool) -> None:
+        self._skips = skips
+
+    def stepped(self) -> None:
+        if self._skips and zero.is_stage_3(self._zero):
+            zero.forget_gradients(self._zero)
+
+    def skip_step(self, optimizer: Optimizer) -> None:
+        super().skip_step(self.optimizers[0])
+
+    def _step(self, optimizer: Optimizer, *, held: bool) -> None:
+        if held or self.scaler is None:
+            super()._step(optimizer, held=held)
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if all(bool(gradient.isfinite().all()) for gradient in gradients):
+            torch._foreach_div_(gradients, float(self._zero.loss_scale))
+            optimizer.step()
+
+    # The model changes.
+
+    @property
+    def _zero(self) -> Any:
+        """What deepspeed wraps around the optimizer."""
+        return self.strategy.model.optimizer
+
+    @contextmanager
+    def rewrapped(self) -> Iterator[Replaced]:
+        engine = self.strategy.model
+        old, inner = engine.optimizer, engine.optimizer.optimizer
+        places = zero.places_of(old)
+        for group, parameters in zip(inner.param_groups, zero.groups_of(old), strict=True):
+            group["params"] = parameters
+        keep = {
+            name: getattr(engine, name) for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+        }
+        scaler = getattr(old, "loss_scaler", None)
+        self._dissolve()
+        del engine, old
+        replaced: Replaced = {}
+        yield replaced
+        kept = {replaced.get(p, (p, ()))[0] for group in inner.param_groups for p in group["params"]}
+        fragments = zero.take(places, inner, kept)
+        del places
+        self._assemble(inner)
+        zero.give(self._zero, fragments, replaced, self.strategy.root_device)
+        for name, value in keep.items():
+            setattr(self.strategy.model, name, value)
+        if scaler is not None:
+            self._zero.loss_scaler = scaler
+
+    def _dissolve(self) -> None:
+        """Take the engine off the module."""
+        engine, self._places = self.strategy.model, None
+        self.strategy.model, self.strategy.optimizers = self.module, self.optimizers
+        engine.destroy()
+        # It is part of cycles, and its buffers should not wait for them to be collected.
+        vars(engine.optimizer).clear()
+        for module in self.module.modules():
+            for name in _LEFT_ON_MODULES:
+                vars(module).pop(name, None)
+        engine.optimizer = None
+
+    def _assemble(self, optimizer: Optimizer) -> None:
+        """Build an engine around the module and an optimizer that there is."""
+        (schedule,) = self.trainer.lr_scheduler_configs or [None]
+        before = vars(self.strategy).pop(self.makes_optimizers, None)
+        vars(self.strategy)[self.makes_optimizers] = lambda: (optimizer, schedule)
+        try:
+            self.strategy.init_deepspeed()
+        finally:
+            del vars(self.strategy)[self.makes_optimizers]
+            if before is not None:
+                vars(self.strategy)[self.makes_optimizers] = before
+
+    def load(
+        self,
+        original: Callable[..., Checkpoint],
+        restructure: Restructure,
+        path: Any,
+        weights_only: bool | None = None,
+    ) -> Checkpoint:
+        single_file = not is_sharded(path)
+        # The engine is there already: there has to be another one before it loads.
+        states = original(path, weights_only) if single_file else model_states(path)
+        before = list(self.module.parameters())
+        restructure(states.get("callbacks", {}))
+        after = list(self.module.parameters())
+        if len(before) != len(after) or any(old is not new for old, new in zip(before, after, strict=True)):
+            self._dissolve()
+            self.strategy.setup_optimizers(self.trainer)
+            self.strategy.init_deepspeed()
+        if single_file:
+            return states
+        with safe_loading(self.strategy.model) if weights_only is not False else nullcontext():
+            return original(path, weights_only)
+
+    @property
+    def rates(self) -> dict[nn.Parameter, float]:
+        (optimizer,) = self.optimizers
+        groups = zip(zero.groups_of(self._zero), optimizer.param_groups, strict=True)
+        return {parameter: group["lr"] for parameters, group in groups for parameter in parameters}
+
+    @contextmanager
+    def edited(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        if self._places is None:
+            self._places = zero.places_of(self._zero)
+        place = self._places[parameter]
+        part = place.of(place.flat.detach())
+        fragments = zero.Fragments(whole_shape(parameter), place.start, {zero.MASTER: part}, {})
+        values = fragments.whole(zero.MASTER, self.strategy.root_device)
+        yield values
+        mine = values.flatten()[place.start : place.start + place.numel]
+        part.copy_(mine)
+        if is_partitioned(parameter):
+            cast(Any, parameter).ds_tensor.detach()[: place.numel].copy_(mine)
+        if parameter.shape == values.shape:
+            parameter.detach().copy_(values)
+
+    def whole(self, lm: PreTrainedModel) -> PreTrainedModel | None:
+        if not any(map(is_partitioned, lm.parameters())):
+            return super().whole(lm)
+        parameters = {}
+        for parameter in lm.parameters():
+            values = whole(parameter)
+            if self.strategy.is_global_zero:
+                parameters[parameter] = nn.Parameter(values.cpu(), requires_grad=parameter.requires_grad)
+        return cast(PreTrainedModel, twin(lm, parameters)) if self.strategy.is_global_zero else None

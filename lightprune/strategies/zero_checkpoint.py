@@ -1,0 +1,97 @@
+"""Reading the directories that DeepSpeed saves, safely and without an engine or a GPU.
+
+Lightning saves under the tag "checkpoint": one file of model states (under stage 3 one for each rank, and without
+weights), and for each rank one of optimizer states, which holds its part of the weights in full precision.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightprune.errors import ConfigError
+
+_MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether a checkpoint is a directory of DeepSpeed's."""
+    return Path(path).is_dir()
+
+
+def model_states(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says beside the parts of the ranks: the callbacks' states, the weights if they are whole.
+
+    Raises:
+        ConfigError: there is no such checkpoint at `path`.
+    """
+    folder = _folder(path)
+    for name in _MODEL_STATES:
+        if (folder / name).is_file():
+            return _load(folder / name)
+    raise ConfigError(f"There is no DeepSpeed checkpoint at {str(path)!r}: it has no {folder.name}/{_MODEL_STATES[0]}.")
+
+
+def whole_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint as Lightning saves it elsewhere: with `state_dict`, all weights under their names, tied ones too."""
+    states = model_states(path)
+    weights = dict(states.pop("module"))
+    if any(tensor.numel() == 0 for tensor in weights.values()):  # stage 3
+        weights |= _joined(_folder(path), states)
+    for tied, name in states["shared_params"].items():
+        weights[tied] = weights[name]
+    return {**states, "state_dict": weights}
+
+
+def _joined(folder: Path, states: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in full precision, from the parts of all ranks: each has an equal part of each, padded."""
+    shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
+    files = sorted(
+        folder.glob("*_optim_states.pt"), key=lambda file: int(file.name.split("zero_pp_rank_")[1].split("_")[0])
+    )
+    parts: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    for file in files:
+        flat = torch.cat([tensor.flatten() for tensor in _load(file)["optimizer_state_dict"]["fp32_flat_groups"]])
+        offset = 0
+        for name, shape in shapes.items():
+            length = -(-shape.numel() // len(files))
+            parts[name].append(flat[offset : offset + length].clone())
+            offset += length
+    return {name: torch.cat(parts.pop(name))[: shape.numel()].view(shape) for name, shape in shapes.items()}
+
+
+@contextmanager
+def safe_loading(engine: Any) -> Iterator[None]:
+    """Let an engine read checkpoints without running what they might contain."""
+    reader = engine.checkpoint_engine
+    reader.load = lambda path, map_location=None: _load(path)
+    try:
+        yield
+    finally:
+        del reader.load
+
+
+def _load(path: str | Path) -> dict[str, Any]:
+    with torch.serialization.safe_globals(_plain_classes()):
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
+
+
+def _plain_classes() -> list[Any]:
+    """What deepspeed writes into its files beside tensors and plain values: numbers with names, nothing that acts."""
+    if find_spec("deepspeed") is None:
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+def _folder(path: str | Path) -> Path:
+    latest = Path(path, "latest")
+    return Path(path, latest.read_text().strip() if latest.is_file() else "checkpoint")

@@ -1,0 +1,267 @@
+"""Runs that one process and two make alike, and what they end with. `python -m tests.strategies.runs` is one of two."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+import lightprune as lp
+from tests.families import tiny_lm
+from tests.training import Batch, Batches, Plain, batches, trainer_for
+
+SELECT, CUT, STEPS = 4, 7, 10
+WORLD = 2
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gates(**settings: Any) -> lp.LayerGateSelector:
+    return lp.LayerGateSelector(drop=2, steps_per_round=SELECT // 2, l1=0.02, **settings)
+
+
+def widths() -> lp.ActivationUnitSelector:
+    return lp.ActivationUnitSelector(channels=32, kv_groups=1, hidden=24, multiple_of=1, stop=SELECT)
+
+
+METHODS: dict[str, Callable[[], list[Callback]]] = {
+    "trsp": lambda: [gates(), lp.DifferencePenalty(strength=0.1, ramp="linear")],
+    "dress": lambda: [widths(), lp.GroupNormPenalty(strength=10.0)],
+    "annealed": lambda: [gates(), widths(), lp.GateAnnealing()],
+    "gates beside weights": lambda: [gates(hold_weights=False), lp.DifferencePenalty(strength=0.1)],
+    "taylor, proximal": lambda: [
+        lp.TaylorUnitSelector(channels=32, kv_groups=1, stop=SELECT),
+        lp.ProximalGroupLasso(),
+    ],
+    "influence, magnitude": lambda: [
+        lp.BlockInfluenceSelector(drop=2, stop=SELECT),
+        lp.MagnitudeUnitSelector(channels=32, start=SELECT),
+        lp.Recovery(lr=1e-3, warmup_steps=2),
+    ],
+    "perplexity": lambda: [lp.GreedyPerplexitySelector(drop=2, stop=SELECT)],
+    "lora": lambda: [lp.RandomSelector(drop=2, start=SELECT), lp.LoRARecovery(r=2)],
+}
+
+
+@dataclass
+class Case:
+    """One run.
+
+    Attributes:
+        method: what is pruned, one of `METHODS`.
+        accumulate: batches for an optimizer step.
+        precision: the trainer's.
+        steps: checkpoints to go on from, in new runs; all steps are saved where there are any.
+        kill: the optimizer step after which rank 1 kills itself, unless there is a checkpoint to go on from.
+        export: write the model when training ends.
+    """
+
+    method: str
+    accumulate: int = 1
+    precision: str | None = None
+    steps: tuple[int, ...] = ()
+    kill: int | None = None
+    export: bool = False
+
+
+CASES: dict[str, Case] = {
+    f"{method}, accumulating {accumulate}": Case(method, accumulate)
+    for method in ("trsp", "dress", "annealed")
+    for accumulate in (1, 2)
+}
+CASES |= {method: Case(method) for method in METHODS if method not in ("trsp", "dress", "annealed")}
+# In the held window, before, at and after the cut.
+CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
+KILLED = {"killed at the cut": Case("annealed", kill=CUT)}
+CASES["bf16"] = Case("annealed", precision="bf16-mixed")
+
+
+class Record(Callback):
+    """Keeps losses and learning rates on the way, and what the run ends with."""
+
+    def __init__(self, accumulate: int) -> None:
+        self.accumulate = accumulate
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.after_cut: dict[str, Tensor] = {}
+        self.end: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *args: Any) -> None:
+        loss = outputs["loss"].detach() * self.accumulate
+        self.losses.append(float(trainer.strategy.reduce(loss.clone(), reduce_op="mean")))
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        if trainer.global_step == CUT + 1 and not self.after_cut:
+            self.after_cut = whole_states(trainer)["weights"]
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        cut = next(c for c in trainer.callbacks if isinstance(c, lp.StructuredCut))
+        plan = {} if cut.plan is None else cut.plan.to_dict()
+        plan.pop("provenance", None)
+        self.end = {
+            **whole_states(trainer),
+            "losses": self.losses,
+            "rates": self.rates,
+            "after cut": self.after_cut,
+            "plan": plan,
+            "step": trainer.global_step,
+        }
+
+
+def whole_states(trainer: L.Trainer) -> dict[str, dict[str, Tensor]]:
+    """Weights in full precision and moments by name, of all that trains; under ZeRO read by DeepSpeed's own means."""
+    module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+    states: dict[str, dict[str, Tensor]] = {"weights": {}, **{key: {} for key in MOMENTS}}
+    zero = not isinstance(optimizer, torch.optim.Optimizer)
+    if zero and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False  # deepspeed links only the first group
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if zero:
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            states["weights"][name] = safe_get_full_fp32_param(parameter).clone()
+            for key in MOMENTS:
+                states[key][name] = safe_get_full_optimizer_state(parameter, key).clone()
+        else:
+            states["weights"][name] = parameter.detach().clone()
+            for key in MOMENTS:
+                states[key][name] = optimizer.state[parameter][key].clone()
+    return states
+
+
+def small_lm() -> PreTrainedModel:
+    """Without biases on keys: their gradient is nothing but rounding, and Adam makes that as large as any other."""
+    return tiny_lm("llama_tied", num_layers=5, attention_bias=False)
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """Two groups, as everybody has them: matrices decay, vectors do not."""
+    matrices, vectors = [], []
+    for parameter in parameters:
+        (matrices if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else vectors).append(parameter)
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0, "lr": 3e-3}]
+    return torch.optim.AdamW(groups, lr=2e-3)
+
+
+def cosine(optimizer: Optimizer) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * STEPS)
+
+
+class Shard:
+    """This rank's rows of the same batches that one process takes whole, from where the last run stopped."""
+
+    def __init__(self, accumulate: int, rank: int, world: int) -> None:
+        whole = batches(STEPS * accumulate, batch=2 * WORLD)
+        self.batches = [{name: value.chunk(world)[rank] for name, value in batch.items()} for batch in whole]
+        self.consumed = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches[self.consumed :]:
+            self.consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.consumed = state["consumed"]
+
+
+class Kill(Callback):
+    """kill -9 as the batch begins that follows so many optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(
+    case: Case, strategy: Any, *, rank: int = 0, world: int = 1, folder: Path | None = None, resume: str | None = None
+) -> Any:
+    """Train, saving every step to `folder`, from its checkpoint `resume`; return what the run ended with."""
+    module = Plain(small_lm(), optimizer=adamw, scheduler=cosine)
+    record = Record(case.accumulate)
+    parts = [record, *METHODS[case.method](), lp.StructuredCut(at=CUT)]  # it looks before adapters are merged
+    if case.kill is not None and resume is None and rank == 1:
+        parts.append(Kill(case.kill))
+    if folder is not None:
+        name = "{step}" if resume is None else "resumed-{step}"
+        saver = ModelCheckpoint(folder, filename=name, every_n_train_steps=1, save_top_k=-1, save_last=True)
+        parts.append(saver)
+        if case.export and resume is None:
+            parts.append(lp.ExportHF(str(folder / "export")))
+    trainer = trainer_for(
+        parts,
+        STEPS,
+        devices=world,
+        strategy=strategy,
+        accumulate_grad_batches=case.accumulate,
+        use_distributed_sampler=False,
+        enable_checkpointing=folder is not None,
+        gradient_clip_val=0.5,
+        **({} if case.precision is None else {"precision": case.precision}),
+    )
+    validation = Batches([{k: v.chunk(world)[rank] for k, v in batches(1, batch=2 * WORLD, seed=999)[0].items()}])
+    path = None if folder is None or resume is None else folder / f"{resume}.ckpt"
+    trainer.fit(module, Shard(case.accumulate, rank, world), validation, ckpt_path=path, weights_only=True)
+    return record.end
+
+
+def strategy_of(name: str) -> Any:
+    if name == "ddp":
+        return "ddp"
+    from lightprune.strategies.exact import CPUDeepSpeedStrategy
+
+    # Below that threshold, parameters would stay whole under stage 3.
+    settings = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
+    return CPUDeepSpeedStrategy(config={"zero_allow_untested_optimizer": True, "zero_optimization": settings})
+
+
+def ends_of(case: Case, strategy: str, rank: int, folder: Path) -> dict[str, Any]:
+    """What a case ends with, and each of the runs that go on from one of its checkpoints."""
+    if case.kill is not None:
+        resume = "last" if (folder / "last.ckpt").exists() else None
+        return run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder, resume=resume)
+    if not case.steps:
+        return run(case, strategy_of(strategy), rank=rank, world=WORLD)
+    ends = {"undisturbed": run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder)}
+    for step in case.steps:
+        resume = f"step={step}"
+        ends[resume] = run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder, resume=resume)
+    return ends
+
+
+def main(folder: Path, rank: int, strategies: list[str], names: list[str]) -> None:
+    """Run every case under every strategy as one of two ranks, and write down each end, or the error."""
+    torch.set_num_threads(1)
+    for strategy in strategies:
+        for name in names:
+            try:
+                ends = ends_of((CASES | KILLED)[name], strategy, rank, folder / strategy)
+            except Exception:
+                ends = {"error": traceback.format_exc()}
+            path = folder / f"{strategy}, {name}, {rank}.pt"
+            torch.save(ends, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(os.environ["LOCAL_RANK"]), sys.argv[2].split(","), sys.argv[3].split(";"))

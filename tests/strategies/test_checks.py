@@ -1,0 +1,68 @@
+"""What is refused, by name, before a process is started or a model wrapped."""
+
+import warnings
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+
+import lightprune as lp
+from lightprune.strategies import deepspeed as engine_file
+from lightprune.strategies import engine_of
+from lightprune.strategies.exact import CPUDeepSpeedStrategy
+
+
+def trainer_with(strategy: Strategy | str, **settings: Any) -> L.Trainer:
+    return L.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, **settings)
+
+
+def zero(stage: int = 2, **config: Any) -> CPUDeepSpeedStrategy:
+    return CPUDeepSpeedStrategy(config={"zero_optimization": {"stage": stage, **config.pop("settings", {})}, **config})
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy(), ModelParallelStrategy()])
+def test_a_strategy_that_is_not_supported(strategy: Strategy) -> None:
+    trainer = trainer_with("ddp")
+    trainer._accelerator_connector.strategy = strategy  # Lightning itself would refuse them on a CPU
+    with pytest.raises(lp.ConfigError, match=f"cannot prune under {type(strategy).__name__}: .*deepspeed_stage_3"):
+        engine_of(trainer)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (DDPStrategy(static_graph=True), "static_graph is True"),
+        (DDPStrategy(model_averaging_period=4), "model_averaging_period is 4"),
+        (zero(optimizer={"type": "Adam"}), "has its own 'optimizer'.*`optimizer`"),
+        (zero(scheduler={"type": "WarmupLR"}), "has its own 'scheduler'.*`lr_scheduler`"),
+        (zero(0), "ZeRO stage 0: set it to 1, 2 or 3"),
+        (zero(3, settings={"offload_optimizer": {"device": "nvme"}}), "offloads to nvme"),
+        (zero(1, data_types={"grad_accum_dtype": "fp32"}), "data_types.grad_accum_dtype"),
+    ],
+)
+def test_a_setting_that_cannot_work(strategy: Strategy, message: str) -> None:
+    with pytest.raises(lp.ConfigError, match=message):
+        engine_of(trainer_with(strategy)).check()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_find_unused_parameters_true", *map(zero, (1, 2, 3))])
+def test_what_works_is_not_refused(strategy: Strategy | str) -> None:
+    trainer = trainer_with(strategy, accumulate_grad_batches=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        engine_of(trainer).check()
+
+
+@pytest.mark.parametrize("installed", ["0.19.7", "0.20.0"])
+def test_a_version_of_deepspeed_that_was_not_checked(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_file, "version", lambda name: installed)
+    with pytest.raises(lp.ConfigError, match=rf"deepspeed {installed} is installed.*deepspeed>=0\.19\.8,<0\.20"):
+        engine_of(trainer_with(zero())).check()
+
+
+def test_lightnings_own_strategy_divides_twice_and_says_so() -> None:
+    trainer = trainer_with("ddp", accumulate_grad_batches=4)
+    trainer._accelerator_connector.strategy = DeepSpeedStrategy(stage=2)  # wants GPUs
+    with pytest.warns(UserWarning, match="accumulate_grad_batches is 4.*ExactDeepSpeedStrategy"):
+        engine_of(trainer).check()
