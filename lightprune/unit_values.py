@@ -231,7 +231,7 @@ def _tied_head(anatomy: Anatomy) -> nn.Module | None:
 def _scale(
     edited: Edited, module: nn.Module, name: str, scale: Tensor, *, inputs: bool = False, offset: float = 0.0
 ) -> None:
-    """Multiply a parameter, plus `offset`, by `scale`, [] or [n] along what the module's outputs, or inputs, run over."""
+    """Multiply a parameter, plus `offset`, by `scale`: [], or [n] along the module's outputs, or its inputs."""
     parameter = getattr(module, name, None)
     if parameter is None:
         return
