@@ -4,10 +4,13 @@
     python benchmarks/domains.py table
 
 The fourth domain is Python's own source. Every row starts from the same cut (ShortGPT's layers, chosen on the seed's
-first batches), trains the same number of tokens at the same learning rate, and draws the four domains equally often at
-first. A row's numbers are the excess of each domain's held-out loss over that of the dense model, in nats per token:
-the largest and the mean. The fixed references are the final losses of the first row's first seed: what a model of this
-size comes to without any reweighting (an oracle, since it takes a run to know them).
+first batches), trains the same number of tokens at the same learning rate, and begins with the same mixture, in which
+the two larger domains weigh twice as much as the others. (A ratio that is equal for all could not follow the weights:
+it stays between the least and the greatest share that it began with.)
+
+A row's numbers are the excess of each domain's held-out loss over that of the dense model, in nats per token: the
+largest and the mean. The fixed references are the final losses of the first row's first seed: what a model of this size
+comes to without any reweighting (an oracle, since it takes a run to know them).
 
 One JSON line a run; a run that is there already is skipped.
 """
@@ -32,6 +35,7 @@ TOKENS = 65_536
 EVERY = 2  # optimizer steps from one reweighting to the next
 LEARNING_RATE = 4e-4  # the best one of finetuning after a cut in depth: benchmarks/depth.py
 HELD_OUT_BLOCKS = 24
+WEIGHTS = {"wikitext": 1.0, "gsm8k": 2.0, "shakespeare": 1.0, "python": 2.0}
 
 Losses = Mapping[str, float]
 CONSTANT = "constant weights"
@@ -62,14 +66,14 @@ class Bench:
         self.scratch.mkdir(parents=True, exist_ok=True)
 
     def data(self, seed: int) -> TextDataModule:
-        """The four domains, drawn equally often."""
+        """The four domains, with the weights that every row begins with."""
         sources = {name: Source(files=str(path)) for name, path in self.files.items()}
         sources["python"] = Source(builtin="python-source")
         return TextDataModule(
             sources,
             block_size=BLOCK,
             batch_size=BATCH,
-            weights=dict.fromkeys(sources, 1.0),
+            weights=WEIGHTS,
             validation=HELD_OUT_BLOCKS,
             num_workers=0,
             seed=seed,

@@ -15,7 +15,14 @@ from lightprune.finish import FinishingCallback
 from lightprune.host import find_causal_lm, run_validation
 from lightprune.metrics import DomainLoss
 from lightprune.plots import domain_figure
-from lightprune.reweighting.checks import check_data, check_length, check_settings, check_validated, initial_ratio
+from lightprune.reweighting.checks import (
+    check_data,
+    check_length,
+    check_settings,
+    check_validated,
+    initial_ratio,
+    warn_of_equal_shares,
+)
 from lightprune.reweighting.history import History
 from lightprune.reweighting.losses import DomainBatch, SampleLosses, TrainingLosses
 from lightprune.reweighting.mixer import Mixer, Rule
@@ -56,7 +63,9 @@ class DomainReweighting(FinishingCallback):
         losses: "training": the running mean of the training losses (0.1 for the newest step), every `every` steps.
             "validation": the validation losses, with the step that follows each validation.
         every: optimizer steps between two updates by training losses.
-        dynamic_ratio: let the ratio p follow the weights from 20% of the steps on ("robust").
+        dynamic_ratio: let the ratio p follow the weights from 20% of the steps on ("robust"). A share stays between
+            half and twice its initial one, and between the least and the greatest initial one of all: where all domains
+            begin with the same share, nothing moves.
         start: the optimizer step from which on it acts.
         stop: the optimizer step at which it ends, and with it "the run" in the shares above; the weights then stay as
             they are. None is the end of the run.
@@ -118,6 +127,8 @@ class DomainReweighting(FinishingCallback):
             floor=self.floor,
             dynamic_ratio=self.dynamic_ratio,
         )
+        if self.dynamic_ratio:
+            warn_of_equal_shares(self._mixer.initial)
         self._reference = self._new_reference()
         device = trainer.strategy.root_device
         self._training = TrainingLosses(

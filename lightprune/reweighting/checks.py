@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightprune.errors import ConfigError
 from lightprune.reweighting.mixer import RULES
@@ -97,6 +98,17 @@ def initial_ratio(weights: Mapping[str, float], domains: list[str]) -> Array:
             "the weight of another domain, or leave DomainReweighting out."
         )
     return np.asarray(ratio / ratio.sum())
+
+
+def warn_of_equal_shares(ratio: Array) -> None:
+    """Say that a ratio [D] whose shares are all equal is one that no dynamic ratio moves."""
+    used = ratio[ratio > 0]
+    if np.allclose(used, used[0]):
+        rank_zero_warn(
+            "DomainReweighting.dynamic_ratio is true, and all domains begin with the same share: the ratio stays "
+            "between the least and the greatest of them, so it will not move. Give data.weights that differ, or set "
+            "it to false."
+        )
 
 
 def check_length(settings: Settings, end: float) -> None:
