@@ -16,6 +16,7 @@ from lightprune.data.sources import Source
 from lightprune.data.tokens import TokenCache, cache_entry, cache_root, tokenize_once, tokenizer_identity
 from lightprune.errors import ConfigError
 from lightprune.hub import load_tokenizer
+from lightprune.preemption import outlive_preemption
 
 _PREFETCH = 2  # batches a worker, torch's own default: the sampler has to know it
 
@@ -49,7 +50,8 @@ class TextDataModule(LightningDataModule):
             cut one document in two. The same blocks for every `seed`.
         num_workers: Worker processes for each loader.
         seed: Of the order in which blocks are drawn.
-        cache_dir: None is the environment's `LIGHTPRUNE_CACHE`, or else `~/.cache/lightprune`.
+        cache_dir: None is the environment's `LIGHTPRUNE_CACHE`, or else `~/.cache/lightprune`. Nodes of one run should
+            share it: rank 0 fills it, and a rank that finds nothing there tokenizes the text for itself.
 
     Attributes:
         domain_names: The domains, in the order of their indices.
@@ -71,6 +73,9 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        self.prepare_data_per_node = (
+            False  # nodes share the cache, and Lightning's default has all of them make it at once
+        )
         if not domains:
             raise ConfigError("data.domains is empty, but must name at least one domain.")
         for name, source in domains.items():
@@ -135,7 +140,7 @@ class TextDataModule(LightningDataModule):
         self._mixture.set_weights(weights)
 
     def prepare_data(self) -> None:
-        """Tokenizes what is not in the cache yet, once on each node."""
+        """Tokenizes what is not in the cache yet, on rank 0 alone."""
         self._open_caches()
 
     def setup(self, stage: str) -> None:
@@ -225,6 +230,7 @@ class TextDataModule(LightningDataModule):
         return {
             "num_workers": self.num_workers,
             "prefetch_factor": _PREFETCH if self.num_workers else None,
+            "worker_init_fn": outlive_preemption,
             "pin_memory": torch.cuda.is_available(),
             # Its own: making an iterator must not touch the global random state, for a resumed run makes more of them.
             "generator": torch.Generator().manual_seed(self.seed),
