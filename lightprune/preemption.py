@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import lightning as L
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -110,7 +110,7 @@ class PreemptionCheckpoint(Checkpoint):
 
 
 def outlive_preemption(worker_id: int) -> None:
-    """A data loader's `worker_init_fn`: the worker ends when its trainer ends it, and not by a signal to the whole job."""
+    """A data loader's `worker_init_fn`: the worker ends when its trainer ends it, not by a signal to the whole job."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_trainer, daemon=True).start()
