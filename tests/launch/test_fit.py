@@ -148,8 +148,8 @@ def test_out_of_time(jobs: Jobs) -> None:
 def check_resumed(job: Job, undisturbed: Job, stopped_by: str) -> None:
     """It saved, went on from there, and ends bit for bit as if nothing had happened."""
     job.until_requeued()
-    # Slurm makes a requeued job wait for two minutes.
-    job.cluster.update(job.id, StartTime="now", TimeLimit="60")
+    # Slurm makes a requeued job wait for two minutes; a second would do, in which its nodes forget the job before.
+    job.cluster.update(job.id, StartTime="now+5", TimeLimit="60")
     assert job.end() == "COMPLETED", job.log()
     assert undisturbed.end() == "COMPLETED", undisturbed.log()
     assert job.restarts == 1
