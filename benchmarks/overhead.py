@@ -115,6 +115,12 @@ def penalty() -> list[Callback]:
     return [FixedPlan(), lp.DifferencePenalty(strength=1e-3, stop=1000)]
 
 
+def masks() -> list[Callback]:
+    """A hard-concrete mask on every unit, still open: nothing is saved yet by what they close."""
+    shape = {"layers": 24, "heads": 6, "kv_groups": 2, "channels": CHANNELS, "hidden": 384}
+    return [lp.HardConcreteSelector(stop=1000, **shape)]
+
+
 def before_a_cut(*regularizers: Callback) -> list[Callback]:
     """A third of the channels of every MLP on their way out; the cut never comes."""
     return [lp.RandomUnitSelector(channels=CHANNELS), *regularizers, NoCut(at=1000, validate=False)]
@@ -131,6 +137,7 @@ VARIANTS: dict[str, Callable[[], list[Callback]]] = {
     "plain": list,
     "gates": gates,
     "penalty": penalty,
+    "masks": masks,
     "activation scores": lambda: [lp.ActivationUnitSelector(channels=CHANNELS, kv_groups=2, hidden=432, stop=1000)],
     "taylor scores": lambda: [lp.TaylorUnitSelector(channels=CHANNELS, kv_groups=2, hidden=432, stop=1000)],
     "group norms": lambda: before_a_cut(lp.GroupNormPenalty()),
@@ -269,7 +276,9 @@ def main() -> None:
     large = in_a_process("--cut-large")
     seconds = time_variants(arguments.rounds)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    memory = {name: statistics.median(peak_memory(name) for _ in range(2)) for name in ("plain", "gates", "penalty")}
+    memory = {
+        name: statistics.median(peak_memory(name) for _ in range(2)) for name in ("plain", "gates", "penalty", "masks")
+    }
     flops = forward_flops(LAYERS - DROP) / forward_flops(LAYERS)
 
     def of_passes(name: str) -> float:
@@ -278,6 +287,7 @@ def main() -> None:
     rows = [
         ("step with gates / plain", median["gates"] / median["plain"], "<= 1.03"),
         ("step with difference penalty / plain", median["penalty"] / median["plain"], "<= 1.05"),
+        ("step with hard-concrete masks / plain", median["masks"] / median["plain"], "<= 1.10"),
         ("activation scores / forward and backward", of_passes("activation scores"), "<= 1.15"),
         ("Taylor scores / forward and backward", of_passes("taylor scores"), "<= 1.15"),
         ("step with group norm penalty / plain", median["group norms"] / median["plain"], "<= 1.05"),
@@ -285,6 +295,7 @@ def main() -> None:
         ("step with annealed channels / plain", median["annealing"] / median["plain"], "<= 1.05"),
         ("peak memory with gates / plain", memory["gates"] / memory["plain"], "<= 1.02"),
         ("peak memory with difference penalty / plain", memory["penalty"] / memory["plain"], "<= 1.02"),
+        ("peak memory with hard-concrete masks / plain", memory["masks"] / memory["plain"], "<= 1.03"),
         ("the cut / a training step", median["cut"] / median["plain"], "<= 1"),
         ("speed after the cut / fresh small model", median["fresh small model"] / median["after the cut"], ">= 0.98"),
         ("forward cut / dense, over their FLOPs", median["forward, cut"] / median["forward, dense"] / flops, "<= 1.03"),

@@ -13,10 +13,12 @@ from lightprune.random_state import RandomState
 from lightprune.recovery import LoRARecovery, Recovery
 from lightprune.regularizers import DifferencePenalty, GateAnnealing, GroupNormPenalty, ProximalGroupLasso
 from lightprune.report import RunReport
+from lightprune.reweighting import DomainReweighting
 from lightprune.selectors import (
     ActivationUnitSelector,
     BlockInfluenceSelector,
     GreedyPerplexitySelector,
+    HardConcreteSelector,
     LayerGateSelector,
     MagnitudeUnitSelector,
     PlanFromFile,
@@ -34,11 +36,13 @@ __all__ = [
     "CausalLM",
     "ConfigError",
     "DifferencePenalty",
+    "DomainReweighting",
     "ExportHF",
     "Family",
     "GateAnnealing",
     "GreedyPerplexitySelector",
     "GroupNormPenalty",
+    "HardConcreteSelector",
     "LayerGateSelector",
     "LoRARecovery",
     "MagnitudeUnitSelector",

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lightprune.cut import StructuredCut
 from lightprune.cycle import expected_shapes
+from lightprune.data import DomainCounts
 from lightprune.errors import ConfigError
 from lightprune.export import card_of, check_target, export_hf, tokenizer_of
 from lightprune.host import find_causal_lm
@@ -147,7 +148,7 @@ def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[
     defaults: list[Callback] = []
     if progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
         defaults.append(PruningProgressBar())
-    for kind in (RunReport, RandomState):
+    for kind in (RunReport, RandomState, DomainCounts):
         if not any(isinstance(callback, kind) for callback in given):
             defaults.append(kind())
     return defaults

@@ -99,6 +99,8 @@ class StructuredCut(Part):
         assert plan is not None, "the timeline was checked: selection ends before the cut"
         self._measure("before")
         for part in self.pipeline.parts:
+            part.fold()
+        for part in self.pipeline.parts:
             part.detach()
         start = time.perf_counter()
         strategies.cut(self.pipeline.trainer, self.pipeline.anatomy, plan)

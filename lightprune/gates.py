@@ -5,7 +5,8 @@ Shapes: B sequences, T tokens, d hidden dimensions, L layers. Hidden states are 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,18 @@ def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Remo
     return module.register_forward_hook(hook)
 
 
+class ReplacedForward:
+    """Lets a module run `forward(stock_forward, *args)` in place of its own, until `remove` is called."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        self._module = module
+        module.forward = partial(forward, module.forward)
+
+    def remove(self) -> None:
+        """Let the module run as it did."""
+        del self._module.forward
+
+
 @contextmanager
 def replaced_forwards(layers: nn.ModuleList, forwards: Mapping[int, Callable[..., Tensor]]) -> Iterator[None]:
     """Run the layers in `forwards` by other functions inside the context; hooks on them still fire."""
@@ -83,13 +96,20 @@ class Bypass:
 
     With a KV cache, the first layer, and the first of each kind of attention, are run and their output discarded: that
     is where the cache counts its tokens and the masks are measured, and every later position would be wrong without it.
+
+    Args:
+        layer: the layer.
+        index: its index.
+        when: asked at each forward pass whether to leave it out; always, if not given.
     """
 
-    def __init__(self, layer: nn.Module, index: int) -> None:
+    def __init__(self, layer: nn.Module, index: int, when: Callable[[], bool] = lambda: True) -> None:
         self._layer = layer
         stock_forward = layer.forward
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if not when():
+                return cast(Tensor, stock_forward(hidden_states, *args, **kwargs))
             caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
             if any(_is_measured(cache, index) for cache in caches):
                 stock_forward(hidden_states, *args, **kwargs)
@@ -98,8 +118,8 @@ class Bypass:
         layer.forward = forward
 
     def remove(self) -> None:
-        """Let the layer run again."""
-        del self._layer.forward
+        """Let the layer run again; where several parts leave it out, they go together."""
+        vars(self._layer).pop("forward", None)
 
 
 def _is_measured(cache: Cache, index: int) -> bool:

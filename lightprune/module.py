@@ -88,14 +88,20 @@ class CausalLM(LightningModule):
             # 5.23 calls it activation_checkpointing_enable; only this name is in every 5.x.
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """The mean loss per token to train on; for callbacks, each sample's summed token losses and token count [B]."""
         loss_sums, token_counts = self._token_losses(batch)
         loss = loss_sums.sum() / token_counts.sum().clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return {"loss": loss, "loss_sums": loss_sums.detach(), "token_counts": token_counts}
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.val_metric.update(*self._token_losses(batch), batch.get("domain"))
+    def validation_step(
+        self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
+        """For callbacks, each sample's summed token losses and token count [B]."""
+        loss_sums, token_counts = self._token_losses(batch)
+        self.val_metric.update(loss_sums, token_counts, batch.get("domain"))
+        return {"loss_sums": loss_sums, "token_counts": token_counts}
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.test_metric.update(*self._token_losses(batch), batch.get("domain"))

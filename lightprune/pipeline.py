@@ -87,6 +87,9 @@ class Part(Callback):
     def project(self) -> None:
         """Change weights after an optimizer step that moved them; called once for each."""
 
+    def fold(self) -> None:
+        """Write into the weights what this part's hooks do; called just before a cut takes them off."""
+
     def restructure(self, state: Mapping[str, Any]) -> None:
         """Give the model the shape that it had when `state`, this part's, was saved; its weights load next."""
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from lightprune import ConfigError
 from lightprune.cli import default_callbacks, main
+from lightprune.data import DomainCounts
 from lightprune.progress import PruningProgressBar
 from lightprune.random_state import RandomState
 from lightprune.report import RunReport
@@ -271,8 +272,8 @@ def test_default_callbacks_give_way_to_the_users() -> None:
     def defaults(*given: Callback, progress_bar: bool = True) -> list[type[Callback]]:
         return [type(callback) for callback in default_callbacks(given, progress_bar=progress_bar)]
 
-    assert defaults() == [PruningProgressBar, RunReport, RandomState]
-    assert defaults(progress_bar=False) == [RunReport, RandomState]
-    assert defaults(TQDMProgressBar()) == [RunReport, RandomState]
-    assert defaults(RunReport(validate_at_start=False)) == [PruningProgressBar, RandomState]
-    assert defaults(RandomState(seed=3)) == [PruningProgressBar, RunReport]
+    assert defaults() == [PruningProgressBar, RunReport, RandomState, DomainCounts]
+    assert defaults(progress_bar=False) == [RunReport, RandomState, DomainCounts]
+    assert defaults(TQDMProgressBar()) == [RunReport, RandomState, DomainCounts]
+    assert defaults(RunReport(validate_at_start=False)) == [PruningProgressBar, RandomState, DomainCounts]
+    assert defaults(RandomState(seed=3)) == [PruningProgressBar, RunReport, DomainCounts]

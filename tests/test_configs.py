@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightprune import DomainReweighting
 from lightprune.cli import LightpruneCLI
 from lightprune.pipeline import Part
 
@@ -22,7 +23,7 @@ def name(path: Path) -> str:
 
 def composition(path: Path) -> list[Path]:
     """The configs that a user gives together with `path`, in order; a complete config stands alone."""
-    if path.parent.name not in USUAL:
+    if path.parent == ROOT / "configs":
         return [path]
     usual = {kind: ROOT / "configs" / kind / f"{stem}.yaml" for kind, stem in USUAL.items()}
     return list((usual | {path.parent.name: path}).values())
@@ -47,7 +48,10 @@ def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_readme_promises_is_there() -> None:
     found = {name(path) for path in CONFIGS}
-    assert found >= {"quickstart.yaml", *(f"methods/{method}.yaml" for method in ("trsp", "elder", "shortgpt", "sleb"))}
+    assert found >= {
+        "quickstart.yaml",
+        *(f"methods/{method}.yaml" for method in ("trsp", "elder", "shortgpt", "sleb", "drpruning")),
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -56,6 +60,17 @@ def test_builds(path: Path) -> None:
     assert any(isinstance(callback, Part) for callback in cli.trainer.callbacks)
     assert cli.model is not None
     assert cli.datamodule is not None
+
+
+@pytest.mark.parametrize("method", ["trsp", "dress", "sleb"])
+def test_reweighting_goes_with_any_method(method: str) -> None:
+    of_method = ROOT / "configs/methods" / f"{method}.yaml"
+    alone = build(*composition(of_method)).trainer.callbacks
+    together = build(*composition(of_method), ROOT / "configs/reweighting/robust.yaml").trainer.callbacks
+    added = [callback for callback in together if isinstance(callback, DomainReweighting)]
+    assert len(added) == 1
+    assert added[0].reference == "source"
+    assert len(together) == len(alone) + 1
 
 
 def bare_keys(node: yaml.Node, lines: list[str], explained: bool = False) -> Iterator[str]:
@@ -112,6 +127,8 @@ data:
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_holds_only_its_own_part(path: Path) -> None:
     """A part of a composition must not set what belongs to another."""
-    sections = {"methods": {"trainer"}, "models": {"model"}, "data": {"data"}}.get(path.parent.name)
+    sections = {"methods": {"trainer"}, "models": {"model"}, "data": {"data"}, "reweighting": {"trainer"}}.get(
+        path.parent.name
+    )
     if sections is not None:
         assert set(yaml.safe_load(path.read_text())) <= sections | {"seed_everything"}

@@ -125,7 +125,7 @@ def built(path: str, **options: Any) -> CausalLM:
 
 def training_loss(module: CausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    return module.training_step(batch, 0)
+    return module.training_step(batch, 0)["loss"]
 
 
 def test_token_losses_equal_a_loop() -> None:

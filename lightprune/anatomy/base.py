@@ -1,7 +1,7 @@
 """Where the parts of a causal LM lie: a family's declaration, and that declaration bound to one model."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -29,6 +29,11 @@ STATED_COUNTS: Mapping[str, Callable[[Shape], int]] = {
 }
 
 
+# The parameters that the output of a projection, or of a norm, is linear in.
+LINEAR = ("weight", "bias")
+LLAMA_WRITERS: Mapping[str, tuple[str, ...]] = {"self_attn.o_proj": LINEAR, "mlp.down_proj": LINEAR}
+
+
 def _unchanged(layer: nn.Module, old: int, new: int) -> None:
     """Most families' layers do not depend on their own index beyond `layer_idx`."""
 
@@ -41,14 +46,17 @@ def _nothing(config: PretrainedConfig, plan: "PruningPlan") -> None:
 class Family:
     """The declaration of one family of Hugging Face causal LMs.
 
-    Paths are dotted; those of `weights` and `layer_index` start at a layer, the others at the causal LM. Modules that
-    a model of the family does not have (an optional norm) are passed over.
+    Paths are dotted; those of `weights`, `writers` and `layer_index` start at a layer, the others at the causal LM.
+    Modules that a model of the family does not have (an optional norm) are passed over.
 
     Attributes:
         model_types: the `config.model_type` values that share this layout.
         weights: a layer's modules, and what the axes of their weights stand for: (outputs, inputs), or (values,) for a
             norm.
         stem: the same for what lies outside the layers: embeddings (None, HIDDEN), the final norm, the head.
+        writers: the modules of a layer whose outputs are added to the residual stream, and the parameters that such
+            an output is linear in. Where a norm follows a projection, it is the norm.
+        norm_offset: what the norms over prunable units add to their weights before they multiply by them.
         layers: the `nn.ModuleList` of decoder layers.
         channels_field: the config field that states the MLP's channels.
         head_dim_field: the config field that states the dimensions of a head; None where the family has none, and they
@@ -64,6 +72,8 @@ class Family:
     model_types: tuple[str, ...]
     weights: Mapping[str, Axes]
     stem: Mapping[str, Axes]
+    writers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: LLAMA_WRITERS)
+    norm_offset: float = 0.0
     layers: str = "model.layers"
     channels_field: str = "intermediate_size"
     head_dim_field: str | None = "head_dim"
@@ -156,6 +166,23 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Writer:
+    """One module of a layer whose output is added to the residual stream.
+
+    Attributes:
+        module: the module.
+        layer: the index of the layer that it belongs to.
+        names: the parameters that its output is linear in, up to `offset`.
+        offset: what the module adds to them before it multiplies by them.
+    """
+
+    module: nn.Module
+    layer: int
+    names: tuple[str, ...]
+    offset: float
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """A family's declaration bound to one model. Reads the model; never changes it."""
 
@@ -203,6 +230,15 @@ class Anatomy:
         for index, layer in enumerate(self.layers):
             yield from _sites(layer, self.family.weights, f"{self.family.layers}.{index}.", index)
         yield from _sites(self.lm, self.family.stem, "", None)
+
+    def writers(self) -> Iterator["Writer"]:
+        """Every module inside the layers that writes to the residual stream."""
+        for index, layer in enumerate(self.layers):
+            for path, names in self.family.writers.items():
+                module = _module_at(layer, path)
+                if module is not None:
+                    is_norm = len(self.family.weights.get(path, (None, None))) == 1
+                    yield Writer(module, index, names, self.family.norm_offset if is_norm else 0.0)
 
     def weights(self) -> Iterator["Weight"]:
         """Every parameter that has something to prune, in the order of `sites`; a tied one comes twice."""

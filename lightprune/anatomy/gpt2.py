@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS
-from lightprune.anatomy.base import Family
+from lightprune.anatomy.base import LINEAR, Family
 from lightprune.anatomy.predicates import heads_fill_hidden
 
 
@@ -37,6 +37,7 @@ GPT2 = Family(
         "mlp.c_fc": (CHANNELS, HIDDEN),
         "mlp.c_proj": (HIDDEN, CHANNELS),
     },
+    writers={"attn.c_proj": LINEAR, "mlp.c_proj": LINEAR},
     stem={
         "transformer.wte": (None, HIDDEN),
         "transformer.wpe": (None, HIDDEN),

@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: query, key and value of a head lie together in one projection."""
 
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Run
-from lightprune.anatomy.base import Family
+from lightprune.anatomy.base import LINEAR, Family
 from lightprune.anatomy.predicates import heads_fill_hidden
 
 GPT_NEOX = Family(
@@ -14,6 +14,7 @@ GPT_NEOX = Family(
         "mlp.dense_h_to_4h": (CHANNELS, HIDDEN),
         "mlp.dense_4h_to_h": (HIDDEN, CHANNELS),
     },
+    writers={"attention.dense": LINEAR, "mlp.dense_4h_to_h": LINEAR},
     stem={
         "gpt_neox.embed_in": (None, HIDDEN),
         "gpt_neox.final_layer_norm": (HIDDEN,),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers import PretrainedConfig
 
 from lightprune.anatomy.axes import HEADS, KV_GROUPS
-from lightprune.anatomy.base import Family
+from lightprune.anatomy.base import LINEAR, Family
 
 if TYPE_CHECKING:
     from lightprune.plan import PruningPlan
@@ -16,6 +16,8 @@ _ATTENTION = {
     "self_attn.v_proj": (KV_GROUPS, None),
     "self_attn.o_proj": (None, HEADS),
 }
+# Sparse layers have experts, dense ones an ordinary MLP.
+_WRITERS = {"self_attn.o_proj": LINEAR, "mlp.experts": ("down_proj",), "mlp.down_proj": LINEAR}
 
 
 def _name_dense_layers(config: PretrainedConfig, plan: "PruningPlan") -> None:
@@ -26,5 +28,7 @@ def _name_dense_layers(config: PretrainedConfig, plan: "PruningPlan") -> None:
     config.decoder_sparse_step = 1
 
 
-MIXTRAL = Family(model_types=("mixtral",), weights=_ATTENTION, stem={})
-QWEN3_MOE = Family(model_types=("qwen3_moe",), weights=_ATTENTION, stem={}, configure=_name_dense_layers)
+MIXTRAL = Family(model_types=("mixtral",), weights=_ATTENTION, writers=_WRITERS, stem={})
+QWEN3_MOE = Family(
+    model_types=("qwen3_moe",), weights=_ATTENTION, writers=_WRITERS, stem={}, configure=_name_dense_layers
+)

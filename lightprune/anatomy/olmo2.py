@@ -1,7 +1,7 @@
 """OLMo 2: norms behind attention and MLP, none before; query and key norms run over all heads together."""
 
 from lightprune.anatomy.axes import HEADS, HIDDEN, KV_GROUPS
-from lightprune.anatomy.base import Family
+from lightprune.anatomy.base import LINEAR, Family
 from lightprune.anatomy.llama import ATTENTION, GATED_MLP, STEM
 
 OLMO2 = Family(
@@ -14,5 +14,6 @@ OLMO2 = Family(
         "post_attention_layernorm": (HIDDEN,),
         "post_feedforward_layernorm": (HIDDEN,),
     },
+    writers={"post_attention_layernorm": LINEAR, "post_feedforward_layernorm": LINEAR},
     stem=STEM,
 )

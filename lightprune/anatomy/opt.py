@@ -5,7 +5,7 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS
-from lightprune.anatomy.base import Family
+from lightprune.anatomy.base import LINEAR, Family
 from lightprune.anatomy.predicates import heads_fill_hidden, projections_stay
 
 _NORM_AND_POSITIONS = {"model.decoder.final_layer_norm": (HIDDEN,), "model.decoder.embed_positions": (None, HIDDEN)}
@@ -27,6 +27,7 @@ OPT = Family(
         "fc1": (CHANNELS, HIDDEN),
         "fc2": (HIDDEN, CHANNELS),
     },
+    writers={"self_attn.out_proj": LINEAR, "fc2": LINEAR},
     stem={"model.decoder.embed_tokens": (None, HIDDEN), **_NORM_AND_POSITIONS, "lm_head": (None, HIDDEN)},
     layers="model.decoder.layers",
     channels_field="ffn_dim",

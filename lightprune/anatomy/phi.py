@@ -1,7 +1,7 @@
 """Phi (1, 1.5, 2): parallel residual behind one norm, a head with a bias."""
 
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS
-from lightprune.anatomy.base import Family
+from lightprune.anatomy.base import LINEAR, Family
 from lightprune.anatomy.predicates import query_norm_fits
 
 PHI = Family(
@@ -15,6 +15,7 @@ PHI = Family(
         "mlp.fc1": (CHANNELS, HIDDEN),
         "mlp.fc2": (HIDDEN, CHANNELS),
     },
+    writers={"self_attn.dense": LINEAR, "mlp.fc2": LINEAR},
     stem={"model.embed_tokens": (None, HIDDEN), "model.final_layernorm": (HIDDEN,), "lm_head": (None, HIDDEN)},
     predicates=(query_norm_fits,),
 )

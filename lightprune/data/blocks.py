@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightprune.errors import ConfigError
 from lightprune.metrics import IGNORE_INDEX
 
 PADDING = -1
-"""The index of a sample that fills up a rank's last batch: all its labels are ignored."""
+"""The block of a sample that fills up a rank's last batch: all its labels are ignored."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,30 @@ class Blocks:
         tokens = np.load(self.path, mmap_mode="r")
         return np.asanyarray(tokens[self.start : self.start + self.count * self.size].reshape(-1, self.size))
 
+    def __getitem__(self, block: int) -> NDArray[Any]:
+        """[size], the tokens of one block."""
+        return np.asanyarray(self.array[block])
+
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class StreamedBlocks:
+    """Blocks of `size` tokens in a file of bare tokens that is still growing, from token `start` on.
+
+    It holds neither the tokens nor a map of the file, so what has been appended meanwhile can be read.
+    """
+
+    path: Path
+    start: int
+    size: int
+    dtype: str
+
+    def __getitem__(self, block: int) -> NDArray[Any]:
+        """[size], the tokens of one block."""
+        first = self.start + block * self.size
+        return np.fromfile(self.path, self.dtype, self.size, offset=first * np.dtype(self.dtype).itemsize)
 
 
 @dataclass(frozen=True)
@@ -119,43 +142,44 @@ def split_blocks(cache: TokenCache, *, block_size: int, validation: int | float,
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
-    """The blocks of all domains, one domain after another.
+    """The blocks of all domains. A sample is named by its domain and its block in there.
 
-    A sample holds `input_ids`, `attention_mask` and `labels`, [T] int64 each, and `domain`, [] int64.
-    The index `PADDING` gives a sample whose labels are all ignored.
+    It holds `input_ids`, `attention_mask` and `labels`, [T] int64 each, and `domain`, [] int64.
+    The block `PADDING` gives a sample whose labels are all ignored.
     """
 
-    def __init__(self, domains: Sequence[Blocks]) -> None:
+    def __init__(self, domains: Sequence[Blocks | StreamedBlocks]) -> None:
         self.domains = list(domains)
-        self.offsets = np.cumsum([0, *(blocks.count for blocks in self.domains)]).tolist()
 
-    def __len__(self) -> int:
-        return int(self.offsets[-1])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        position = 0 if index == PADDING else index
-        domain = int(np.searchsorted(self.offsets, position, side="right")) - 1
-        block = self.domains[domain].array[position - self.offsets[domain]]
-        tokens = torch.from_numpy(block.astype(np.int64))
+    def __getitem__(self, sample: tuple[int, int]) -> dict[str, Tensor]:
+        domain, block = sample
+        tokens = torch.from_numpy(self.domains[domain][max(block, 0)].astype(np.int64))
         return {
             "input_ids": tokens,
             "attention_mask": torch.ones_like(tokens),
-            "labels": torch.full_like(tokens, IGNORE_INDEX) if index == PADDING else tokens,
+            "labels": torch.full_like(tokens, IGNORE_INDEX) if block == PADDING else tokens,
             "domain": torch.tensor(domain),
         }
 
 
-class OrderedSampler(DistributedSampler[int]):
-    """Every sample once and in order, dealt over the ranks.
+class OrderedSampler(DistributedSampler[tuple[int, int]]):
+    """Every block once and in order, dealt over the ranks.
 
     Ranks get equally many, so that collective operations match; what is missing for that is `PADDING`, which no
     token-weighted metric counts. (`DistributedSampler` repeats samples instead, and they would count twice.)
+
+    Args:
+        counts: The number of blocks of each domain.
+        num_replicas: Number of ranks.
+        rank: This rank.
     """
 
-    def __init__(self, samples: BlockDataset, *, num_replicas: int, rank: int) -> None:
+    def __init__(self, counts: Sequence[int], *, num_replicas: int, rank: int) -> None:
+        samples: Any = range(sum(counts))
         super().__init__(samples, num_replicas=num_replicas, rank=rank, shuffle=False)
-        self.count = len(samples)
+        self.counts = list(counts)
 
-    def __iter__(self) -> Iterator[int]:
-        for index in range(self.rank, self.total_size, self.num_replicas):
-            yield index if index < self.count else PADDING
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        samples = ((domain, block) for domain, count in enumerate(self.counts) for block in range(count))
+        padding = repeat((0, PADDING), self.total_size - sum(self.counts))
+        return islice(chain(samples, padding), self.rank, None, self.num_replicas)

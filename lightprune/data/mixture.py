@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DistributedSampler
 
-from lightprune.data.blocks import BlockDataset
+from lightprune.data.order import BlockOrder, FixedSupply, Supply
 from lightprune.errors import ConfigError
+
+_KEYS = {
+    "domains": "data.domains",
+    "seed": "data.seed",
+    "global_batch": "data.batch_size x number of ranks",
+    "weights_lag": "data.weights_lag",
+}
 
 
 def check_weights(weights: Mapping[str, float], domains: Sequence[str]) -> None:
@@ -41,8 +46,8 @@ class _Position:
     drawn: tuple[int, ...]
 
 
-class MixtureSampler(DistributedSampler[int]):
-    """Draws a domain for every sample by weight, and that domain's next block.
+class MixtureSampler(DistributedSampler[tuple[int, int]]):
+    """Draws a domain for every sample by weight, and that domain's next block. A sample is (domain, block).
 
     There is one global sequence of samples, the same on every rank; rank r takes the samples n with n mod R = r. With
 
@@ -50,12 +55,13 @@ class MixtureSampler(DistributedSampler[int]):
         d_n = the domain in which u_n falls, by the weights in force at sample n
         c   = how many of the samples before n were from d_n
 
-    sample n is block π(c mod N) of its domain, where π is a permutation of the domain's N blocks seeded by (seed,
-    domain, c div N). So it is a pure function of the seed, the weights, and one cursor for each domain. That is all the
-    state there is, and a domain repeats a block only when it has shown all of them.
+    sample n is block c of the order of its domain (`BlockOrder`). So it is a pure function of the seed, the weights,
+    and one cursor for each domain. That is all the state there is, and a domain repeats a block only when it has shown
+    all of them.
 
     What counts as state is what training has *consumed* (see `MixtureLoader`). Batches that workers have prefetched
-    beyond that are drawn again after a resume, and are the same.
+    beyond that are drawn again after a resume, and are the same. New weights act `weights_lag` batches behind what is
+    consumed, however many workers there are, so the number of workers never changes what comes.
 
     Iteration never ends, and each new iterator goes on where consumption stands: an epoch is only a number of batches.
 
@@ -63,36 +69,34 @@ class MixtureSampler(DistributedSampler[int]):
     `Trainer(use_distributed_sampler=...)` says.
 
     Args:
-        blocks: The number of training blocks of each domain, in the order of the data set.
+        blocks: The training blocks of each domain, in the order of the data set: their number, or a stream of them.
         weights: A weight for each domain, of any sum.
         batch_size: Samples in the batch of one rank.
         num_replicas: Number of ranks, R.
         rank: This rank, r.
         seed: At least 0.
-        lead: How many batches the workers are ahead of training: `num_workers * prefetch_factor`.
+        weights_lag: After how many batches new weights act. Workers must not be further ahead of training than that.
     """
 
     def __init__(
         self,
-        blocks: Mapping[str, int],
+        blocks: Mapping[str, int | Supply],
         *,
         weights: Mapping[str, float],
         batch_size: int,
         num_replicas: int = 1,
         rank: int = 0,
         seed: int = 0,
-        lead: int = 0,
+        weights_lag: int = 0,
     ) -> None:
-        samples: Any = range(sum(blocks.values()))
+        supplies = [FixedSupply(blocks) if isinstance(blocks, int) else blocks for blocks in blocks.values()]
+        samples: Any = range(sum(supply.nominal for supply in supplies))
         super().__init__(samples, num_replicas=num_replicas, rank=rank, seed=seed, drop_last=True)
         check_weights(weights, list(blocks))
-        self.blocks = dict(blocks)
         self.batch_size = batch_size
-        self.lead = lead
+        self.weights_lag = weights_lag
         self._names = list(blocks)
-        self._sizes = list(blocks.values())
-        self._offsets = np.cumsum([0, *self._sizes]).tolist()
-        self._permutations: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        self._orders = [BlockOrder(supply, seed=seed, domain=index) for index, supply in enumerate(supplies)]
         self._consumed = _Position(0, (0,) * len(blocks))
         self._ahead: deque[_Position] = deque()
         # Pairs of a sample and the weights in force from it on; the first is in force where consumption stands.
@@ -104,7 +108,7 @@ class MixtureSampler(DistributedSampler[int]):
         return dict(self._schedule[-1][1])
 
     def set_weights(self, weights: Mapping[str, float]) -> None:
-        """Changes the mixture from the first batch that no worker can have drawn yet: `lead` batches from here.
+        """Changes the mixture from the first batch that no worker can have drawn yet: `weights_lag` batches from here.
 
         Before the first batch, it changes the mixture at once. All ranks must call it after the same batch.
 
@@ -114,8 +118,20 @@ class MixtureSampler(DistributedSampler[int]):
         check_weights(weights, self._names)
         # Counted from what is consumed, not from what happens to be drawn: a resumed run has drawn something else.
         consumed = self._consumed.samples
-        start = consumed + self.lead * self._global_batch if consumed else 0
+        start = consumed + self.weights_lag * self._global_batch if consumed else 0
         self._schedule = [*(entry for entry in self._schedule if entry[0] < start), (start, dict(weights))]
+
+    @property
+    def samples_seen(self) -> dict[str, int]:
+        """How many blocks of each domain training has consumed, on all ranks together."""
+        return dict(zip(self._names, self._consumed.drawn, strict=True))
+
+    @property
+    def epochs_seen(self) -> dict[str, float]:
+        """How often training has passed over each domain; 0 as long as the length of a stream is unknown."""
+        counts = [order.supply.count for order in self._orders]
+        drawn = zip(self._names, self._consumed.drawn, counts, strict=True)
+        return {name: samples / count if count else 0.0 for name, samples, count in drawn}
 
     def advance(self) -> None:
         """Training has consumed one more batch."""
@@ -126,8 +142,7 @@ class MixtureSampler(DistributedSampler[int]):
     def state_dict(self) -> dict[str, Any]:
         """Plain Python of constant size, the same on every rank."""
         return {
-            "seed": self.seed,
-            "blocks": dict(self.blocks),
+            **self._settings,
             "samples": self._consumed.samples,
             "drawn": list(self._consumed.drawn),
             "weights": [[start, dict(weights)] for start, weights in self._schedule],
@@ -136,22 +151,24 @@ class MixtureSampler(DistributedSampler[int]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on after the last consumed batch, with the weights of the checkpoint.
 
+        The number of ranks may be another one if they take batches of the same size together.
+
         Raises:
-            ConfigError: The checkpoint's run had other domains, other blocks or another seed.
+            ConfigError: It could not be exact: the checkpoint's run had other domains, blocks, another seed or lag,
+                or batches of another size on all ranks together.
         """
-        # As lists: the order of the domains counts.
-        blocks = list(state["blocks"].items()), list(self.blocks.items())
-        for key, (there, here) in {"domains": blocks, "seed": (state["seed"], self.seed)}.items():
+        for setting, here in self._settings.items():
+            there = state.get(setting)
             if there != here:
                 raise ConfigError(
-                    f"The checkpoint was written with data.{key} = {there}, but this run has {here}: resume with the "
-                    "same data and block size, or start a new run."
+                    f"The checkpoint was written with {_KEYS[setting]} = {there}, but this run has {here}, so the next "
+                    "batch would be another one: resume with the same data settings, or start a new run."
                 )
         self._ahead.clear()
         self._consumed = _Position(state["samples"], tuple(state["drawn"]))
         self._schedule = [(start, dict(weights)) for start, weights in state["weights"]]
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         self._ahead.clear()
         position = self._consumed
         while True:
@@ -163,13 +180,24 @@ class MixtureSampler(DistributedSampler[int]):
     def _global_batch(self) -> int:
         return self.batch_size * self.num_replicas
 
-    def _draw(self, position: _Position) -> tuple[list[int], _Position]:
-        """The data set's indices of the next batch of all ranks together, and the place after it."""
-        samples: list[int] = []
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """What the sequence of batches depends on, the weights aside."""
+        # As a list: the order of the domains counts.
+        identities = [order.supply.identity for order in self._orders]
+        return {
+            "domains": [list(pair) for pair in zip(self._names, identities, strict=True)],
+            "seed": self.seed,
+            "global_batch": self._global_batch,
+            "weights_lag": self.weights_lag,
+        }
+
+    def _draw(self, position: _Position) -> tuple[list[tuple[int, int]], _Position]:
+        """The samples of the next batch of all ranks together, and the place after it."""
+        samples: list[tuple[int, int]] = []
         drawn = list(position.drawn)
         for domain in self._draw_domains(position.samples):
-            epoch, place = divmod(drawn[domain], self._sizes[domain])
-            samples.append(self._offsets[domain] + int(self._permutation(domain, epoch)[place]))
+            samples.append((domain, self._orders[domain](drawn[domain])))
             drawn[domain] += 1
         return samples, _Position(position.samples + len(samples), tuple(drawn))
 
@@ -182,43 +210,3 @@ class MixtureSampler(DistributedSampler[int]):
         cumulative = np.cumsum([weights[name] for name in self._names])
         drawn: list[int] = np.searchsorted(cumulative / cumulative[-1], uniform, side="right").tolist()
         return drawn
-
-    def _permutation(self, domain: int, epoch: int) -> NDArray[np.int64]:
-        cached = self._permutations.get(domain)
-        if cached is None or cached[0] != epoch:
-            generator = np.random.default_rng([self.seed, domain, epoch])
-            cached = self._permutations[domain] = (epoch, generator.permutation(self._sizes[domain]))
-        return cached[1]
-
-
-class MixtureLoader(DataLoader[dict[str, Tensor]]):
-    """Loads batches of a `MixtureSampler` and tells it which of them were consumed.
-
-    A batch is consumed when it is handed out: Lightning fetches none in advance from a loader that has a length.
-    `len()` is the length of an epoch, but iteration does not end: stop it as Lightning does.
-
-    Args:
-        dataset: The training blocks.
-        sampler: The mixture; its `batch_size` is the loader's.
-        **kwargs: Anything else that `DataLoader` takes.
-    """
-
-    sampler: MixtureSampler
-
-    def __init__(self, dataset: BlockDataset, sampler: MixtureSampler, **kwargs: Any) -> None:
-        super().__init__(dataset, sampler=sampler, batch_size=sampler.batch_size, drop_last=True, **kwargs)
-
-    # A generator: nothing is drawn before the first batch is asked for. Lightning may make the iterator before it has
-    # restored the state (`estimated_stepping_batches` in `configure_optimizers` makes it do so).
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        for batch in super().__iter__():
-            self.sampler.advance()
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sampler's state. With these two methods Lightning knows that the loader can be resumed."""
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads the sampler's state."""
-        self.sampler.load_state_dict(state)

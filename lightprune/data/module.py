@@ -5,20 +5,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightprune.data.blocks import BlockDataset, OrderedSampler, Split, split_blocks
-from lightprune.data.mixture import MixtureLoader, MixtureSampler, check_weights
+from lightprune.data.blocks import BlockDataset, OrderedSampler
+from lightprune.data.domains import Domain, open_domain, tokenize_domains
+from lightprune.data.loader import MixtureLoader
+from lightprune.data.mixture import MixtureSampler, check_weights
 from lightprune.data.sources import Source
-from lightprune.data.tokens import TokenCache, cache_entry, cache_root, tokenize_once, tokenizer_identity
+from lightprune.data.tokens import cache_root
 from lightprune.errors import ConfigError
 from lightprune.hub import load_tokenizer
 from lightprune.preemption import outlive_preemption
-
-_PREFETCH = 2  # batches a worker, torch's own default: the sampler has to know it
 
 
 class TextDataModule(LightningDataModule):
@@ -31,9 +30,14 @@ class TextDataModule(LightningDataModule):
     `domain_names`. Labels are the tokens themselves, not shifted; -100 is ignored, and occurs only where an
     evaluation on several ranks needs a sample to fill up with.
 
-    Training draws domains by weight, without an end; an epoch is as many batches as the training blocks fill. What has
-    been consumed is part of the checkpoint, and a resumed run goes on with exactly the next batch. Validation (and
-    test, which is the same) shows every held-out block once, all domains in one loader.
+    A domain whose source is `streaming` is tokenized while training consumes it, in constant memory. Its first blocks
+    are held out, the others are shuffled in windows (`lightprune.data.stream`).
+
+    Training draws domains by weight, without an end; an epoch is as many batches as the training blocks fill, where a
+    stream counts as its `max_blocks` or else 2^20. What has been consumed is part of the checkpoint, and a resumed run
+    goes on with exactly the next batch, on any number of workers, and on any number of ranks that take batches of the
+    same size together. Validation (and test, which is the same) shows every held-out block once, all domains in one
+    loader.
 
     Works the same with and without the Trainer's `use_distributed_sampler`.
 
@@ -44,11 +48,13 @@ class TextDataModule(LightningDataModule):
         block_size: Tokens in a block, T.
         batch_size: Blocks in a batch of one rank, B.
         weights: How often each domain is drawn, in any unit, 0 for never. None draws every block equally often, so
-            that a domain weighs as much as it has blocks. A resumed run keeps the weights of its checkpoint.
+            that a domain weighs as much as it has blocks; a stream needs weights. A resumed run keeps the weights of
+            its checkpoint.
         validation: What is held out of each domain, at least: a share of its blocks, or a number of blocks. Whole
             documents are held out where that comes to at most twice as much, and else the end of the text, which may
-            cut one document in two. The same blocks for every `seed`.
-        num_workers: Worker processes for each loader.
+            cut one document in two. The same blocks for every `seed`. Of a stream it is the beginning, and a number.
+        num_workers: Worker processes for each loader, at most `weights_lag`. Their number changes no batch.
+        weights_lag: After how many batches new weights act (`set_weights`): as far ahead of training may workers be.
         seed: Of the order in which blocks are drawn.
         cache_dir: None is the environment's `LIGHTPRUNE_CACHE`, or else `~/.cache/lightprune`. Nodes of one run should
             share it: rank 0 fills it, and a rank that finds nothing there tokenizes the text for itself.
@@ -69,13 +75,13 @@ class TextDataModule(LightningDataModule):
         weights: dict[str, float] | None = None,
         validation: int | float = 0.05,
         num_workers: int = 2,
+        weights_lag: int = 8,
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self.prepare_data_per_node = (
-            False  # nodes share the cache, and Lightning's default has all of them make it at once
-        )
+        # Nodes share the cache; by Lightning's default all of them would make it at once.
+        self.prepare_data_per_node = False
         if not domains:
             raise ConfigError("data.domains is empty, but must name at least one domain.")
         for name, source in domains.items():
@@ -84,13 +90,30 @@ class TextDataModule(LightningDataModule):
             ("block_size", block_size, 2),  # one token predicts the next
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
+            ("weights_lag", weights_lag, 0),
             ("seed", seed, 0),
         ):
             if value < least:
                 raise ConfigError(f"data.{key} is {value}, but must be at least {least}.")
+        if num_workers > weights_lag:
+            raise ConfigError(
+                f"data.num_workers is {num_workers}, but must be at most data.weights_lag = {weights_lag}, since each "
+                "worker prepares a batch in advance: lower it, or let new weights act later."
+            )
         if not (validation >= 1 if isinstance(validation, int) else 0 < validation < 1):
             raise ConfigError(
                 f"data.validation is {validation}, but must be a share between 0 and 1, or a number of blocks from 1."
+            )
+        streaming = [name for name, source in domains.items() if source.streaming]
+        if streaming and not isinstance(validation, int):
+            raise ConfigError(
+                f"data.validation is {validation}, a share, but data.domains.{streaming[0]} is a stream, whose size is "
+                "not known: give a number of blocks."
+            )
+        if streaming and weights is None:
+            raise ConfigError(
+                f"data.weights is null, which weighs domains by their size, but data.domains.{streaming[0]} is a "
+                "stream, whose size is not known: give each domain a weight."
             )
         if weights is not None:
             check_weights(weights, list(domains))
@@ -101,10 +124,11 @@ class TextDataModule(LightningDataModule):
         self.initial_weights = weights
         self.validation = validation
         self.num_workers = num_workers
+        self.weights_lag = weights_lag
         self.seed = seed
         self.cache_dir = cache_dir
         self._tokenizer = tokenizer
-        self._splits: dict[str, Split] = {}
+        self._opened: dict[str, Domain] = {}
         self._sampler: MixtureSampler | None = None
 
     @property
@@ -139,28 +163,41 @@ class TextDataModule(LightningDataModule):
         """
         self._mixture.set_weights(weights)
 
+    @property
+    def tokens_seen(self) -> dict[str, int]:
+        """How many tokens of each domain training has consumed, on all ranks together."""
+        return {name: samples * self.block_size for name, samples in self._mixture.samples_seen.items()}
+
+    @property
+    def epochs_seen(self) -> dict[str, float]:
+        """How often training has passed over each domain; 0 as long as the length of a stream is unknown."""
+        return self._mixture.epochs_seen
+
     def prepare_data(self) -> None:
-        """Tokenizes what is not in the cache yet, on rank 0 alone."""
-        self._open_caches()
+        """Tokenizes what is not in the cache yet, on rank 0 alone; streams wait for training."""
+        tokenize_domains(self.domains, self.tokenizer, cache=cache_root(self.cache_dir))
 
     def setup(self, stage: str) -> None:
         """Opens the cache, and starts the training mixture from its beginning if `stage` is "fit"."""
-        if not self._splits:
-            for name, cache in self._open_caches().items():
-                self._splits[name] = self._split(name, cache)
+        if not self._opened:
+            tokens = tokenize_domains(self.domains, self.tokenizer, cache=cache_root(self.cache_dir))
+            options: dict[str, Any] = {"block_size": self.block_size, "validation": self.validation}
+            for name, source in self.domains.items():
+                self._opened[name] = open_domain(tokens[name], name=name, max_blocks=source.max_blocks, **options)
         if stage == "fit":
             self._sampler = self._new_sampler()
 
     def train_dataloader(self) -> MixtureLoader:
         """The mixture. It has a length, but its iteration does not end by itself."""
-        dataset = BlockDataset([split.train for split in self._splits.values()])
+        dataset = BlockDataset([domain.train for domain in self._opened.values()])
         return MixtureLoader(dataset, self._mixture, **self._loader_options())
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """All held-out blocks, one domain after another; a batch may hold two domains."""
-        dataset = BlockDataset([split.validation for split in self._splits.values()])
+        dataset = BlockDataset([domain.validation for domain in self._opened.values()])
         num_replicas, rank = self._replicas()
-        sampler = OrderedSampler(dataset, num_replicas=num_replicas, rank=rank)
+        counts = [domain.held_out for domain in self._opened.values()]
+        sampler = OrderedSampler(counts, num_replicas=num_replicas, rank=rank)
         return DataLoader(dataset, sampler=sampler, batch_size=self.batch_size, **self._loader_options())
 
     def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -182,46 +219,25 @@ class TextDataModule(LightningDataModule):
             raise RuntimeError("The training data is not set up: call setup('fit') first.")
         return self._sampler
 
-    def _open_caches(self) -> dict[str, TokenCache]:
-        root = cache_root(self.cache_dir)
-        tokenizer_id = tokenizer_identity(self.tokenizer)
-        # All entries first, so that a missing file is found before anything is tokenized.
-        entries = {name: cache_entry(root, source, tokenizer_id, domain=name) for name, source in self.domains.items()}
-        return {
-            name: tokenize_once(self.domains[name], self.tokenizer, domain=name, directory=directory)
-            for name, directory in entries.items()
-        }
-
-    def _split(self, name: str, cache: TokenCache) -> Split:
-        whole = split_blocks(cache, block_size=self.block_size, validation=self.validation, domain=name)
-        split = whole.limited(self.domains[name].max_blocks)
-        capped = f" (max_blocks, of {whole.train.count:,})" if split is not whole else ""
-        blank = f", {cache.blank:,} blank ones left out" if cache.blank else ""
-        rank_zero_info(
-            f"Domain {name!r}: {len(cache.tokens):,} tokens in {len(cache.ends):,} documents{blank}; "
-            f"{split.train.count:,} training{capped} and {split.validation.count:,} validation blocks of "
-            f"{self.block_size}, split {'between' if split.by_document else 'inside'} documents; "
-            f"{split.dropped:,} tokens in the tails dropped."
-        )
-        return split
-
     def _new_sampler(self) -> MixtureSampler:
-        blocks = {name: split.train.count for name, split in self._splits.items()}
+        supplies = {name: domain.supply for name, domain in self._opened.items()}
         num_replicas, rank = self._replicas()
-        if sum(blocks.values()) < self.batch_size * num_replicas:
-            raise ConfigError(
-                f"All domains together have {sum(blocks.values())} training blocks, too few for one batch of "
-                f"{self.batch_size} on {num_replicas} rank(s): lower data.batch_size or data.block_size."
-            )
-        return MixtureSampler(
-            blocks,
-            weights=self.initial_weights or blocks,
+        sampler = MixtureSampler(
+            supplies,
+            weights=self.initial_weights or {name: float(supply.nominal) for name, supply in supplies.items()},
             batch_size=self.batch_size,
             num_replicas=num_replicas,
             rank=rank,
             seed=self.seed,
-            lead=self.num_workers * _PREFETCH,
+            weights_lag=self.weights_lag,
         )
+        if len(sampler) < self.batch_size:
+            blocks = sum(supply.nominal for supply in supplies.values())
+            raise ConfigError(
+                f"All domains together have {blocks} training blocks, too few for one batch of "
+                f"{self.batch_size} on {num_replicas} rank(s): lower data.batch_size or data.block_size."
+            )
+        return sampler
 
     def _replicas(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -229,7 +245,6 @@ class TextDataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "prefetch_factor": _PREFETCH if self.num_workers else None,
             "worker_init_fn": outlive_preemption,
             "pin_memory": torch.cuda.is_available(),
             # Its own: making an iterator must not touch the global random state, for a resumed run makes more of them.

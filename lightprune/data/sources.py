@@ -1,20 +1,20 @@
 """Where the text of a domain comes from."""
 
 import glob
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import pyarrow.parquet as parquet
 
 from lightprune.data.builtin import BUILTIN
+from lightprune.data.readers import as_texts, column, first_line, key_of, read_files
 from lightprune.errors import ConfigError
 from lightprune.hub import PACKAGE_SCHEME, package_path
 
 _KINDS = ("hub", "saved", "files", "builtin")
+_STREAMED = ("hub", "files")
 _ONLY_FOR = {"subset": "hub", "revision": "hub", "separator": "files"}
 
 
@@ -36,6 +36,9 @@ class Source:
             it where the data set may change.
         separator: Cuts each text file into documents. `"\n\n"` cuts at blank lines.
         max_blocks: At most that many training blocks; validation stays whole.
+        streaming: For `hub` and `files`: tokenize the text while training consumes it, for what is too large to be
+            tokenized up front. Only the neighborhood of `lightprune.data.stream.WINDOW` blocks is shuffled, and the
+            validation blocks are the first ones.
     """
 
     hub: str | None = None
@@ -48,6 +51,7 @@ class Source:
     revision: str | None = None
     separator: str | None = None
     max_blocks: int | None = None
+    streaming: bool = False
 
     def check(self, domain: str) -> None:
         """Refuses what can be refused without a look at the disk.
@@ -58,16 +62,21 @@ class Source:
         given = [kind for kind in _KINDS if getattr(self, kind)]
         if len(given) != 1:
             found = " and ".join(given) if given else "none of them"
-            raise ConfigError(f"{_key(domain)} wants exactly one of {', '.join(_KINDS)}, but has {found}.")
+            raise ConfigError(f"{key_of(domain)} wants exactly one of {', '.join(_KINDS)}, but has {found}.")
         for option, kind in _ONLY_FOR.items():
             if getattr(self, option) is not None and given != [kind]:
-                raise ConfigError(f"{_key(domain)}.{option} goes with {kind!r} only, but the source is {given[0]!r}.")
+                raise ConfigError(f"{key_of(domain)}.{option} goes with {kind!r} only, but the source is {given[0]!r}.")
+        if self.streaming and given[0] not in _STREAMED:
+            raise ConfigError(
+                f"{key_of(domain)}.streaming goes with {' and '.join(map(repr, _STREAMED))} only, but the source is "
+                f"{given[0]!r}, which is small enough: leave it out."
+            )
         if self.builtin is not None and self.builtin not in BUILTIN:
-            raise ConfigError(f"{_key(domain)}.builtin is {self.builtin!r}, but must be one of {', '.join(BUILTIN)}.")
+            raise ConfigError(f"{key_of(domain)}.builtin is {self.builtin!r}, but must be one of {', '.join(BUILTIN)}.")
         if self.separator == "":
-            raise ConfigError(f"{_key(domain)}.separator is empty, but must be a text such as '\\n\\n', or null.")
+            raise ConfigError(f"{key_of(domain)}.separator is empty, but must be a text such as '\\n\\n', or null.")
         if self.max_blocks is not None and self.max_blocks < 1:
-            raise ConfigError(f"{_key(domain)}.max_blocks is {self.max_blocks}, but must be at least 1, or null.")
+            raise ConfigError(f"{key_of(domain)}.max_blocks is {self.max_blocks}, but must be at least 1, or null.")
 
     def identity(self, domain: str) -> dict[str, Any]:
         """What the token cache knows the text by: the options, and path, size and time of every local file.
@@ -76,7 +85,7 @@ class Source:
             ConfigError: A file, a directory or a package is missing.
         """
         options = asdict(self)
-        del options["max_blocks"]
+        del options["max_blocks"], options["streaming"]
         if self.hub is None:
             options["files"] = [_stamp(path) for path in self._paths(domain)]
         return options
@@ -87,63 +96,53 @@ class Source:
         Raises:
             ConfigError: Something is missing, unreadable, or not text.
         """
-        for value in self._values(domain):
-            if value is not None and not isinstance(value, str):
-                kind = type(value).__name__
-                raise ConfigError(f"{_key(domain)}.text is {self.text!r}, but that field holds {kind}, not text.")
-            yield value or ""
+        return as_texts(self._values(domain), self.text, domain)
+
+    def load_stream(self, domain: str) -> datasets.IterableDataset:
+        """The hub's data set, to be read without being downloaded first.
+
+        Raises:
+            ConfigError: It cannot be had.
+        """
+        return self._from_hub(domain, streaming=True)
 
     def _values(self, domain: str) -> Iterable[Any]:
-        if self.hub is not None or self.saved is not None:
-            return _column(self._dataset(domain), self.text, domain)
+        if self.hub is not None:
+            return column(self._from_hub(domain), self.text, domain)
+        if self.saved is not None:
+            return column(self._from_disk(domain), self.text, domain)
         paths = self._paths(domain)
         if self.builtin is not None:
             return BUILTIN[self.builtin].read(paths)
-        return self._read_files(paths, domain)
+        return read_files(paths, self.text, self.separator, domain)
 
     def _paths(self, domain: str) -> list[Path]:
         if self.builtin is not None:
             return BUILTIN[self.builtin].find()
         if self.saved is not None:
-            return _inside(Path(self.saved).expanduser(), f"{_key(domain)}.saved")
+            return _inside(Path(self.saved).expanduser(), f"{key_of(domain)}.saved")
         patterns = [self.files] if isinstance(self.files, str) else self.files or []
-        paths = [path for pattern in patterns for path in _expand(pattern, f"{_key(domain)}.files")]
+        paths = [path for pattern in patterns for path in _expand(pattern, f"{key_of(domain)}.files")]
         return list(dict.fromkeys(paths))
 
-    def _dataset(self, domain: str) -> datasets.Dataset:
+    # Every backend (hub, file systems, formats) raises its own kinds of errors; all of them mean the same to a user.
+
+    def _from_hub(self, domain: str, **options: Any) -> Any:
         try:
-            if self.hub is not None:
-                return datasets.load_dataset(self.hub, self.subset, split=self.split, revision=self.revision)
-            saved = datasets.load_from_disk(str(Path(str(self.saved)).expanduser()))
-        # Every backend (hub, file systems, formats) raises its own kinds here, and all of them mean the same to a user.
+            return datasets.load_dataset(self.hub, self.subset, split=self.split, revision=self.revision, **options)
         except Exception as error:
-            raise ConfigError(f"{_key(domain)} cannot be loaded: {_first_line(error)}.") from error
+            raise ConfigError(f"{key_of(domain)} cannot be loaded: {first_line(error)}.") from error
+
+    def _from_disk(self, domain: str) -> datasets.Dataset:
+        try:
+            saved = datasets.load_from_disk(str(Path(str(self.saved)).expanduser()))
+        except Exception as error:
+            raise ConfigError(f"{key_of(domain)} cannot be loaded: {first_line(error)}.") from error
         if isinstance(saved, datasets.Dataset):
             return saved
         if self.split not in saved:
-            raise ConfigError(f"{_key(domain)}.split is {self.split!r}, but must be one of {', '.join(saved)}.")
+            raise ConfigError(f"{key_of(domain)}.split is {self.split!r}, but must be one of {', '.join(saved)}.")
         return saved[self.split]
-
-    def _read_files(self, paths: Sequence[Path], domain: str) -> Iterator[Any]:
-        for path in paths:
-            try:
-                if path.suffix == ".parquet":
-                    yield from _parquet(path, self.text, domain)
-                elif path.suffix in (".jsonl", ".ndjson", ".json"):
-                    yield from _json_lines(path, self.text, domain)
-                else:
-                    whole = path.read_text(encoding="utf-8")
-                    yield from whole.split(self.separator) if self.separator else [whole]
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{_key(domain)}.files names {path}, which is not UTF-8 text.") from error
-
-
-def _key(domain: str) -> str:
-    return f"data.domains.{domain}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:
@@ -169,42 +168,3 @@ def _expand(pattern: str, key: str) -> list[Path]:
     if not found:
         raise ConfigError(f"{key} is {pattern!r}, but there is no such file.")
     return found
-
-
-def _missing_field(field: str, there: Iterable[str], where: str, domain: str) -> ConfigError:
-    return ConfigError(f"{_key(domain)}.text is {field!r}, but {where} has only: {', '.join(sorted(there))}.")
-
-
-def _column(dataset: datasets.Dataset, field: str, domain: str) -> Iterator[Any]:
-    if field not in dataset.column_names:
-        raise _missing_field(field, dataset.column_names, "the data set", domain)
-    for batch in dataset.select_columns([field]).with_format(None).iter(batch_size=256):
-        yield from batch[field]
-
-
-def _parquet(path: Path, field: str, domain: str) -> Iterator[Any]:
-    try:
-        table = parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{_key(domain)}.files names {path}, which is not a Parquet file.") from error
-    with table:
-        if field not in table.schema_arrow.names:
-            raise _missing_field(field, table.schema_arrow.names, str(path), domain)
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            yield from batch.column(0).to_pylist()
-
-
-def _json_lines(path: Path, field: str, domain: str) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                row = None
-            if not isinstance(row, dict):
-                raise ConfigError(f"{_key(domain)}.files names {path}, whose line {number} is not a JSON object.")
-            if field not in row:
-                raise _missing_field(field, row, f"line {number} of {path}", domain)
-            yield row[field]

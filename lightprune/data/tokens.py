@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -80,7 +80,8 @@ def cache_entry(root: Path, source: Source, tokenizer_id: str, *, domain: str) -
     Raises:
         ConfigError: A file, a directory or a package of the source is missing.
     """
-    return root / "tokens" / _sha([_LAYOUT, source.identity(domain), tokenizer_id])[:32]
+    kind = "streams" if source.streaming else "tokens"
+    return root / kind / _sha([_LAYOUT, source.identity(domain), tokenizer_id])[:32]
 
 
 def tokenize_once(source: Source, tokenizer: PreTrainedTokenizerBase, *, domain: str, directory: Path) -> TokenCache:
@@ -109,6 +110,21 @@ def tokenize_once(source: Source, tokenizer: PreTrainedTokenizerBase, *, domain:
     return TokenCache(directory, blank=json.loads((directory / "meta.json").read_text())["blank"])
 
 
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
+    """The smallest type on disk that holds every token id: uint16 or uint32."""
+    return np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[Any]]:
+    """The tokens of each document, closed by EOS, as `token_dtype`; blank documents are left out."""
+    filled = [text for text in texts if text.strip()]
+    if not filled:
+        return []
+    # verbose=False: a document longer than the model's context is no mistake here, it is cut into blocks.
+    encoded: list[list[int]] = tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"]
+    return [np.array([*tokens, tokenizer.eos_token_id], dtype=token_dtype(tokenizer)) for tokens in encoded]
+
+
 def _rename(draft: Path, directory: Path) -> None:
     try:
         draft.rename(directory)
@@ -118,9 +134,9 @@ def _rename(draft: Path, directory: Path) -> None:
 
 
 def _write(directory: Path, source: Source, tokenizer: PreTrainedTokenizerBase, domain: str) -> None:
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    dtype = token_dtype(tokenizer)
     unordered = directory / "unordered"
-    lengths, blank = _tokenize(unordered, source, tokenizer, domain, dtype)
+    lengths, blank = _tokenize(unordered, source, tokenizer, domain)
     if not lengths:
         raise ConfigError(f"data.domains.{domain} is empty: none of its {blank} documents holds any text.")
     sizes = np.array(lengths, dtype=np.int64)
@@ -139,29 +155,19 @@ def _write(directory: Path, source: Source, tokenizer: PreTrainedTokenizerBase, 
     unordered.unlink()
 
 
-def _tokenize(
-    path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, domain: str, dtype: np.dtype[Any]
-) -> tuple[list[int], int]:
+def _tokenize(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, domain: str) -> tuple[list[int], int]:
     """Writes the documents' tokens one after another; returns the documents' lengths and the number of blank ones."""
     lengths: list[int] = []
     blank = 0
     bar = tqdm(source.documents(domain), desc=f"Tokenizing {domain}", unit=" documents")
     with path.open("wb") as file, bar:
         for texts in _batches(bar, 64):
-            filled = [text for text in texts if text.strip()]
-            blank += len(texts) - len(filled)
-            for tokens in _encode(tokenizer, filled):
-                file.write(np.array([*tokens, tokenizer.eos_token_id], dtype=dtype).tobytes())
-                lengths.append(len(tokens) + 1)
+            documents = encode_documents(tokenizer, texts)
+            blank += len(texts) - len(documents)
+            for tokens in documents:
+                file.write(tokens.tobytes())
+                lengths.append(len(tokens))
     return lengths, blank
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    # verbose=False: a document longer than the model's context is no mistake here, it is cut into blocks.
-    encoded: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return encoded
 
 
 def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -5,6 +5,7 @@ from lightprune.selectors.base import Selector
 from lightprune.selectors.block_influence import BlockInfluenceSelector
 from lightprune.selectors.from_file import PlanFromFile
 from lightprune.selectors.greedy_perplexity import GreedyPerplexitySelector
+from lightprune.selectors.hard_concrete import HardConcreteSelector
 from lightprune.selectors.layer_gates import LayerGateSelector
 from lightprune.selectors.magnitude import MagnitudeUnitSelector
 from lightprune.selectors.random import RandomSelector
@@ -15,6 +16,7 @@ __all__ = [
     "ActivationUnitSelector",
     "BlockInfluenceSelector",
     "GreedyPerplexitySelector",
+    "HardConcreteSelector",
     "LayerGateSelector",
     "MagnitudeUnitSelector",
     "PlanFromFile",

@@ -21,6 +21,7 @@ class Counts:
         channels: MLP channels a layer.
         hidden: hidden dimensions.
         multiple_of: what ratios of channels and hidden dimensions are rounded to.
+        layers: decoder layers.
     """
 
     owner: str
@@ -29,6 +30,7 @@ class Counts:
     channels: Keep
     hidden: Keep
     multiple_of: int
+    layers: Keep = None
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -46,7 +48,7 @@ class Counts:
         Raises:
             ConfigError: nothing is asked for, or what is does not fit such a model.
         """
-        if not self.units:
+        if not self.units and self.layers is None:
             raise ConfigError(
                 f"{self.owner} selects nothing: set at least one of `heads`, `kv_groups`, `channels` and `hidden`."
             )
@@ -55,6 +57,7 @@ class Counts:
         heads, kv_groups = self._attention(source)
         return replace(
             source,
+            layers=self._count("layers", self.layers, source.layers, 1),
             heads=heads,
             kv_groups=kv_groups,
             channels=self._count("channels", self.channels, source.channels, self.multiple_of),
@@ -103,7 +106,9 @@ class Counts:
             )
         most = (there - 1) // multiple
         if most < 1:
-            other = {"heads": "keep fewer `kv_groups`", "kv_groups": "leave it out"}.get(name, "lower `multiple_of`")
+            other = {"heads": "keep fewer `kv_groups`", "kv_groups": "leave it out", "layers": "leave it out"}.get(
+                name, "lower `multiple_of`"
+            )
             raise ConfigError(
                 f"{self.owner}.{name} is {ratio}: the model has {there}, and below that there is no multiple of "
                 f"{multiple} to round to; set `{name}` to a count, or {other}."

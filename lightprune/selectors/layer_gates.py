@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightprune.errors import ConfigError
 from lightprune.gates import Bypass, Placement, attach_gate
+from lightprune.own_optimizer import step_own
 from lightprune.pipeline import Status
 from lightprune.selectors.base import LayerSelector, lowest
 
@@ -127,25 +128,14 @@ class LayerGateSelector(LayerSelector):
         return self.l1 * self._gates[self.remaining].abs().sum()
 
     def learn(self) -> None:
-        """One step of Adam on the gates; under a loss scale the scaler unscales their gradients too."""
+        """One step of Adam on the gates."""
         if not self._open or self._adam is None:
             return
-        if self._gates.grad is not None:  # a batch may have been skipped, or the step be another optimizer's
-            self._step(self._adam)
+        step_own(self._adam, self.pipeline)
         self._round_steps += 1
         smallest = self._smallest_gates()
         self._stable_steps = self._stable_steps + 1 if smallest == self._smallest else 0
         self._smallest = smallest
-
-    def _step(self, adam: torch.optim.Adam) -> None:
-        scaler = getattr(self.pipeline.trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            adam.step()
-        else:
-            scaler.step(adam)
-            if self.pipeline.weights_held:
-                scaler.update()
-        adam.zero_grad()
 
     def advance(self, step: int) -> None:
         if self._open and self._round_is_over():

@@ -1,5 +1,6 @@
 """Pure surgery: (model, plan) to a smaller model, and the optimizers that trained it to ones that train the rest."""
 
+from lightprune.surgery.expected import expected_parameters
 from lightprune.surgery.model import Rows, cut_model, kept_rows, sliced
 from lightprune.surgery.optimizer import check_optimizer, remove_parameters, replace_parameter
 from lightprune.surgery.shapes import resulting_parameters, resulting_shapes
@@ -8,6 +9,7 @@ __all__ = [
     "Rows",
     "check_optimizer",
     "cut_model",
+    "expected_parameters",
     "kept_rows",
     "remove_parameters",
     "replace_parameter",

@@ -95,19 +95,19 @@ def test_samples_of_several_domains(tmp_path: Path) -> None:
     cache_of(tmp_path, [100])
     path = tmp_path / "tokens.npy"
     dataset = BlockDataset([Blocks(path, 3, 2, 4), Blocks(path, 20, 3, 4)])
-    assert len(dataset) == 5
-    assert [dataset[i]["input_ids"].tolist() for i in (0, 1, 2, 4)] == [
+    samples = [(0, 0), (0, 1), (1, 0), (1, 2)]
+    assert [dataset[sample]["input_ids"].tolist() for sample in samples] == [
         [3, 4, 5, 6],
         [7, 8, 9, 10],
         [20, 21, 22, 23],
         [28, 29, 30, 31],
     ]
-    assert [int(dataset[i]["domain"]) for i in range(5)] == [0, 0, 1, 1, 1]
-    sample = dataset[1]
+    assert [int(dataset[sample]["domain"]) for sample in samples] == [0, 0, 1, 1]
+    sample = dataset[0, 1]
     assert {key: value.dtype for key, value in sample.items()} == dict.fromkeys(sample, torch.int64)
     assert sample["labels"].tolist() == sample["input_ids"].tolist()
     assert sample["attention_mask"].tolist() == [1] * 4
-    assert dataset[PADDING]["labels"].tolist() == [-100] * 4
+    assert dataset[0, PADDING]["labels"].tolist() == [-100] * 4
 
 
 def test_workers_get_no_copy_of_the_tokens(tmp_path: Path) -> None:
@@ -119,11 +119,10 @@ def test_workers_get_no_copy_of_the_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_evaluation_shows_every_sample_once(tmp_path: Path, ranks: int) -> None:
-    cache_of(tmp_path, [70])
-    dataset = BlockDataset([Blocks(tmp_path / "tokens.npy", 0, 7, 10)])
-    seen = [list(OrderedSampler(dataset, num_replicas=ranks, rank=rank)) for rank in range(ranks)]
-    assert len({len(indices) for indices in seen}) == 1
-    everything = [index for indices in seen for index in indices]
-    assert sorted(index for index in everything if index != PADDING) == list(range(7))
-    assert everything.count(PADDING) == -7 % ranks
+def test_evaluation_shows_every_block_once(ranks: int) -> None:
+    seen = [list(OrderedSampler([3, 4], num_replicas=ranks, rank=rank)) for rank in range(ranks)]
+    assert len({len(samples) for samples in seen}) == 1
+    everything = [sample for group in zip(*seen, strict=True) for sample in group]
+    blocks = [sample for sample in everything if sample != (0, PADDING)]
+    assert blocks == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert everything.count((0, PADDING)) == -7 % ranks

@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -16,12 +17,17 @@ def mixture(**options: object) -> MixtureSampler:
     return MixtureSampler(**{"blocks": BLOCKS, "weights": WEIGHTS, "batch_size": 4} | options)  # type: ignore[arg-type]
 
 
+def flat(samples: Iterable[tuple[int, int]]) -> list[int]:
+    """Samples as numbers: the blocks of a are 0 to 49, those of b 50 to 56, those of c 57 to 76."""
+    return [(0, 50, 57)[domain] + block for domain, block in samples]
+
+
 def consume(sampler: MixtureSampler, batches: int) -> list[list[int]]:
     """Batches without prefetching, as training would consume them."""
     found = []
     iterator = iter(sampler)
     for _ in range(batches):
-        found.append(list(itertools.islice(iterator, sampler.batch_size)))
+        found.append(flat(itertools.islice(iterator, sampler.batch_size)))
         sampler.advance()
     return found
 
@@ -108,14 +114,14 @@ def test_resume_goes_on_with_the_next_consumed_batch() -> None:
     assert consume(stopped, 37) == whole[23:], "a new iterator goes on after the last consumed batch too"
 
 
-def prefetching_run(sampler: MixtureSampler, steps: range, *, lead: int) -> list[list[int]]:
-    """Training with workers that are `lead` batches ahead, and weights that change after every 7th batch."""
+def prefetching_run(sampler: MixtureSampler, steps: range, *, lag: int) -> list[list[int]]:
+    """Training with workers that are `lag` batches ahead, and weights that change after every 7th batch."""
     iterator = iter(sampler)
     ahead: list[list[int]] = []
     found = []
     for step in steps:
-        while len(ahead) <= lead:
-            ahead.append(list(itertools.islice(iterator, sampler.batch_size)))
+        while len(ahead) <= lag:
+            ahead.append(flat(itertools.islice(iterator, sampler.batch_size)))
         found.append(ahead.pop(0))
         sampler.advance()
         if step % 7 == 6:
@@ -123,36 +129,36 @@ def prefetching_run(sampler: MixtureSampler, steps: range, *, lead: int) -> list
     return found
 
 
-@pytest.mark.parametrize("lead", [0, 3, 10])
-def test_resume_is_exact_while_weights_change(lead: int) -> None:
-    whole = prefetching_run(mixture(lead=lead), range(60), lead=lead)
+@pytest.mark.parametrize("lag", [0, 3, 10])
+def test_resume_is_exact_while_weights_change(lag: int) -> None:
+    whole = prefetching_run(mixture(weights_lag=lag), range(60), lag=lag)
     for stop in range(0, 60, 4):
-        stopped = mixture(lead=lead)
-        prefetching_run(stopped, range(stop), lead=lead)
-        resumed = mixture(lead=lead)
+        stopped = mixture(weights_lag=lag)
+        prefetching_run(stopped, range(stop), lag=lag)
+        resumed = mixture(weights_lag=lag)
         resumed.load_state_dict(stopped.state_dict())
-        assert prefetching_run(resumed, range(stop, 60), lead=lead) == whole[stop:]
+        assert prefetching_run(resumed, range(stop, 60), lag=lag) == whole[stop:]
 
 
-@pytest.mark.parametrize("lead", [0, 5])
-def test_new_weights_act_on_batches_not_yet_drawn(lead: int) -> None:
-    sampler = mixture(lead=lead, weights={"a": 1, "b": 0, "c": 0})
-    found = prefetching_run(sampler, range(6), lead=lead)
+@pytest.mark.parametrize("lag", [0, 5])
+def test_new_weights_act_on_batches_not_yet_drawn(lag: int) -> None:
+    sampler = mixture(weights_lag=lag, weights={"a": 1, "b": 0, "c": 0})
+    found = prefetching_run(sampler, range(6), lag=lag)
     sampler.set_weights({"a": 0, "b": 0, "c": 1})
     assert sampler.weights == {"a": 0, "b": 0, "c": 1}
-    found += prefetching_run(sampler, range(lead), lead=lead)
+    found += prefetching_run(sampler, range(lag), lag=lag)
     assert all(index < 50 for batch in found for index in batch)
     assert all(index >= 57 for batch in consume(sampler, 5) for index in batch)
 
 
 def test_weights_set_before_training_act_at_once() -> None:
-    sampler = mixture(lead=5)
+    sampler = mixture(weights_lag=5)
     sampler.set_weights({"a": 0, "b": 1, "c": 0})
     assert all(50 <= index < 57 for batch in consume(sampler, 10) for index in batch)
 
 
 def test_the_state_does_not_grow() -> None:
-    sampler = mixture(lead=4)
+    sampler = mixture(weights_lag=4)
     sizes = []
     iterator = iter(sampler)
     ahead = 0
@@ -193,3 +199,16 @@ def test_a_checkpoint_of_other_data_is_refused() -> None:
         mixture(blocks=dict(reversed(BLOCKS.items()))).load_state_dict(state)
     with pytest.raises(ConfigError, match=r"written with data.seed = 0, but this run has 1"):
         mixture(seed=1).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"written with data.batch_size x number of ranks = 4, but this run has 8"):
+        mixture(num_replicas=2).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"written with data.weights_lag = 0, but this run has 3"):
+        mixture(weights_lag=3).load_state_dict(state)
+
+
+def test_what_was_seen_is_counted_on_all_ranks_together() -> None:
+    sampler = mixture(num_replicas=2, rank=1, seed=3)
+    assert sampler.samples_seen == {"a": 0, "b": 0, "c": 0}
+    consume(sampler, 30)
+    seen = np.histogram(reference(240, seed=3), bins=[0, 50, 57, 77])[0].tolist()
+    assert list(sampler.samples_seen.values()) == seen
+    assert list(sampler.epochs_seen.values()) == pytest.approx([seen[0] / 50, seen[1] / 7, seen[2] / 20])

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+import lightprune.data.domains
 import lightprune.data.module
 from lightprune.data import Source, TextDataModule
 from lightprune.errors import ConfigError
 from tests.data.conftest import EOS, byte_tokenizer
 
 BLOCK, BATCH = 8, 2
+STREAM = {"s": Source(files="never/read.jsonl", streaming=True)}
 
 
 @pytest.fixture(scope="session")
@@ -97,15 +100,21 @@ def fit(
 
 @pytest.mark.filterwarnings("error:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize(
-    ("num_workers", "early", "stops"),
-    [(0, False, (*range(1, 60, 7), 20, 40)), (0, True, (5, 20)), (2, False, (5, 11))],
+    ("num_workers", "early", "stops", "val_check_interval"),
+    [(0, False, (*range(1, 60, 7), 20, 40), 3), (0, True, (5, 20), 3), (2, False, (11,), 10)],
 )
 def test_a_resumed_fit_sees_exactly_the_batches_that_were_left(
-    texts: Path, tmp_path: Path, num_workers: int, early: bool, stops: tuple[int, ...]
+    texts: Path, tmp_path: Path, num_workers: int, early: bool, stops: tuple[int, ...], val_check_interval: int
 ) -> None:
     whole = Recorder(early=early)
     every_step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = fit(whole, data(texts, num_workers=num_workers), tmp_path, callbacks=[ChangeWeights(), every_step])
+    trainer = fit(
+        whole,
+        data(texts, num_workers=num_workers),
+        tmp_path,
+        callbacks=[ChangeWeights(), every_step],
+        val_check_interval=val_check_interval,
+    )
     epoch = trainer.num_training_batches
     assert [number for number, _ in whole.seen] == [e for e in range(3) for _ in range(epoch)]
     assert len({batch for _, batch in whole.seen}) > 20
@@ -113,9 +122,81 @@ def test_a_resumed_fit_sees_exactly_the_batches_that_were_left(
     for stop in stops:
         resumed = Recorder(early=early)
         checkpoint = tmp_path / f"step={stop}.ckpt"
-        options = {"callbacks": [ChangeWeights()], "enable_checkpointing": False}
-        fit(resumed, data(texts, num_workers=num_workers), tmp_path, checkpoint, **options)
+        fit(
+            resumed,
+            data(texts, num_workers=num_workers),
+            tmp_path,
+            checkpoint,
+            callbacks=[ChangeWeights()],
+            val_check_interval=val_check_interval,
+            enable_checkpointing=False,
+        )
         assert [b for _, b in resumed.seen] == [b for _, b in whole.seen[stop:]], stop
+
+
+def streams(texts: Path, cache: Path, **options: Any) -> TextDataModule:
+    """A stream of 22 blocks beside a domain that is tokenized up front."""
+    domains = {
+        "upper": Source(files=str(texts / "upper.txt"), separator="|", streaming=True),
+        "lower": Source(files=str(texts / "lower.txt"), separator="|"),
+    }
+    weights = {"upper": 2, "lower": 1}
+    return data(texts, domains=domains, weights=weights, cache_dir=str(cache), **options)
+
+
+@pytest.mark.parametrize(("num_workers", "stops"), [(0, (1, 8, 33)), (2, (7,))])
+def test_a_resumed_fit_on_streams_is_exact_with_and_without_the_cache(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, stops: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(lightprune.data.domains, "WINDOW", 5)
+    options = {"max_steps": 60, "val_check_interval": 30, "check_val_every_n_epoch": None}
+    whole = Recorder()
+    every_step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    first = streams(texts, tmp_path / "cache", num_workers=num_workers)
+    fit(whole, first, tmp_path, callbacks=[ChangeWeights(), every_step], **options)
+    assert first.epochs_seen["upper"] > 2, "the stream has ended and begun again"
+    for stop in stops:
+        for cache in ("cache", f"fresh-{stop}"):
+            resumed = Recorder()
+            datamodule = streams(texts, tmp_path / cache, num_workers=2 - num_workers)
+            callbacks = {"callbacks": [ChangeWeights()], "enable_checkpointing": False}
+            fit(resumed, datamodule, tmp_path, tmp_path / f"step={stop}.ckpt", **callbacks, **options)
+            assert [b for _, b in resumed.seen] == [b for _, b in whole.seen[stop:]], (stop, cache)
+
+
+def test_a_stream_shows_all_its_text_once_an_epoch_and_holds_its_beginning_out(texts: Path, tmp_path: Path) -> None:
+    source = Source(files=str(texts / "upper.txt"), separator="|", streaming=True)
+    datamodule = data(texts, domains={"upper": source}, weights={"upper": 1}, batch_size=1, cache_dir=str(tmp_path))
+    datamodule.setup("fit")
+    stream = [token for i in range(20) for token in [*b"AAAAAAAA", *f"{i:02d}".encode(), EOS]]
+    held_out = [stream[i : i + BLOCK] for i in (0, 8)]
+    # Two blocks are asked for, 16 tokens; the next document ends at 22.
+    train = [stream[i : i + BLOCK] for i in range(22, len(stream) - BLOCK + 1, BLOCK)]
+    assert plain_tokens(datamodule.val_dataloader()) == held_out
+    batches = iter(datamodule.train_dataloader())
+    epochs = [plain_tokens(next(batches) for _ in train) for _ in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(train)] * 2
+    assert epochs[0] != epochs[1] != train
+    assert datamodule.tokens_seen == {"upper": 2 * len(train) * BLOCK}
+    assert datamodule.epochs_seen == {"upper": 2.0}
+
+
+def test_training_on_a_stream_begins_before_it_is_tokenized(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lightprune.data.domains, "WINDOW", 16)
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as file:
+        file.writelines(f'{{"text": "{i:07d}{"x" * 92}"}}\n' for i in range(20_000))  # 100 tokens each, 2M in all
+    domains = {"long": Source(files=str(path), streaming=True)}
+    datamodule = data(texts, domains=domains, weights={"long": 1}, num_workers=1, cache_dir=str(tmp_path / "cache"))
+    datamodule.setup("fit")
+    batches = iter(datamodule.train_dataloader())
+    for _ in range(10):
+        next(batches)
+    (progress,) = (tmp_path / "cache").rglob("progress.json")
+    assert 20 * BLOCK < json.loads(progress.read_text())["tokens"] < 20_000
+    assert len(datamodule.train_dataloader()) == 2**20 // BATCH
 
 
 def test_a_second_fit_starts_from_the_beginning(texts: Path, tmp_path: Path) -> None:
@@ -151,14 +232,14 @@ def plain_tokens(batches: Any) -> list[list[int]]:
 def test_training_and_validation_share_no_document(texts: Path) -> None:
     datamodule = data(texts)
     datamodule.setup("fit")
-    splits = datamodule._splits
+    splits = datamodule._opened
     for name, character, documents, size in (("upper", b"A", 20, 11), ("lower", b"b", 30, 5)):
         held_out = splits[name].validation.array.flatten().tolist()
         train = splits[name].train.array.flatten().tolist()
         numbers = [set(re.findall(rb"\d\d", bytes(t for t in side if t != EOS))) for side in (train, held_out)]
         assert not numbers[0] & numbers[1]
         assert character[0] in held_out
-        assert len(train) + len(held_out) + splits[name].dropped == documents * size
+        assert 0 <= documents * size - len(train) - len(held_out) < 2 * BLOCK
     validation = list(datamodule.val_dataloader())
     assert plain_tokens(validation) == [
         row for name in datamodule.domain_names for row in splits[name].validation.array.tolist()
@@ -189,7 +270,7 @@ def test_a_batch(texts: Path) -> None:
 def test_default_weights_draw_every_block_equally_often(texts: Path) -> None:
     datamodule = data(texts)
     datamodule.setup("fit")
-    assert datamodule.weights == {name: split.train.count for name, split in datamodule._splits.items()}
+    assert datamodule.weights == {name: domain.supply.count for name, domain in datamodule._opened.items()}
 
 
 def test_the_block_size_and_the_split_need_no_second_tokenization(
@@ -207,7 +288,7 @@ def test_the_block_size_and_the_split_need_no_second_tokenization(
 
 def test_the_log_says_what_was_dropped(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(lightprune.data.module, "rank_zero_info", lines.append)
+    monkeypatch.setattr(lightprune.data.domains, "rank_zero_info", lines.append)
     datamodule = data(texts, domains={"u": Source(files=str(texts / "upper.txt"), separator="|", max_blocks=9)})
     datamodule.setup("fit")
     train = 220 - 22  # two documents hold 22 tokens, at least the two blocks of 8 that were asked for
@@ -245,6 +326,16 @@ def test_the_tokenizer_may_come_from_the_module_or_by_name(
             "data.weights names 'x', but data.domains has only: upper, lower.",
         ),
         ({"weights": {"upper": 1, "lower": -1}}, "data.weights.lower is -1"),
+        ({"weights_lag": -1, "num_workers": 0}, "data.weights_lag is -1, but must be at least 0."),
+        ({"num_workers": 9}, "data.num_workers is 9, but must be at most data.weights_lag = 8, since each worker"),
+        (
+            {"domains": STREAM, "weights": None},
+            "data.weights is null, which weighs domains by their size, but data.",
+        ),
+        (
+            {"domains": STREAM, "weights": {"s": 1}, "validation": 0.1},
+            "data.validation is 0.1, a share, but data.domains.s is a stream, whose size is not known: give a number",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_construction(
@@ -263,6 +354,8 @@ def test_what_the_text_does_not_allow_is_refused_at_setup(texts: Path, tmp_path:
         data(texts, tokenizer=byte_tokenizer(eos=False)).setup("fit")
     with pytest.raises(ConfigError, match=r"^data.tokenizer is null, and the model brings none"):
         data(texts, tokenizer=None).setup("fit")
+    with pytest.raises(ConfigError, match=r"^data.domains.upper has 220 tokens, fewer than the 20 blocks of 11 that"):
+        streams(texts, tmp_path, validation=20, block_size=11).setup("fit")
 
 
 def test_a_missing_file_is_found_before_anything_is_tokenized(texts: Path, tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ def test_separator_cuts_a_file_into_documents(texts: Path) -> None:
     assert [text.strip() for text in found if text.strip()] == ["beta", "beth"]
 
 
+def test_a_separator_may_lie_across_the_chunks_that_are_read(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = "one<>two<><>three<"
+    (texts / "d.txt").write_text(whole)
+    for size in range(1, 8):
+        monkeypatch.setattr("lightprune.data.readers._CHUNK", size)
+        assert read(Source(files=str(texts / "d.txt"), separator="<>")) == whole.split("<>")
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json"])
 def test_json_lines(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows.{suffix}"
@@ -131,6 +139,8 @@ def test_python_source_is_the_standard_library_up_to_its_limit() -> None:
         (Source(files="x", revision="v1"), "data.domains.d.revision goes with 'hub' only, but the source is 'files'."),
         (Source(builtin="bible", separator="x"), "data.domains.d.separator goes with 'files' only"),
         (Source(files="x", separator=""), "data.domains.d.separator is empty"),
+        (Source(builtin="bible", streaming=True), "data.domains.d.streaming goes with 'hub' and 'files' only, but"),
+        (Source(saved="x", streaming=True), "the source is 'saved', which is small enough: leave it out."),
         (Source(builtin="torah"), "is 'torah', but must be one of python-source, python-docs, bible, dialogue."),  # type: ignore[arg-type]
         (Source(files="x", max_blocks=0), "data.domains.d.max_blocks is 0, but must be at least 1, or null."),
     ],

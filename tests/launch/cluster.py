@@ -121,7 +121,13 @@ def slurm_cluster() -> Iterator[Cluster]:
         for node in ("n1", "n2"):
             daemons.enter_context(daemon(cluster, "slurmd", "-D", "-N", node))
         cluster.until(lambda: ready(cluster), "two idle nodes")
-        yield cluster
+        try:
+            yield cluster
+        finally:
+            # What a failed test has left behind would outlive the daemons.
+            cluster.run("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
+            cluster.run("scancel", f"--user={getpass.getuser()}")
+            cluster.until(lambda: not cluster.run("squeue", "--noheader"), "the end of all jobs")
 
 
 def ready(cluster: Cluster) -> bool:

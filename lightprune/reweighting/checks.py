@@ -1,0 +1,162 @@
+"""What `DomainReweighting` refuses before the first step, in one sentence each."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import lightning as L
+import numpy as np
+
+from lightprune.errors import ConfigError
+from lightprune.reweighting.mixer import RULES
+from lightprune.reweighting.references import FITS_FROM, POINTS_FROM
+from lightprune.reweighting.robust import Array
+from lightprune.reweighting.scaling_law import MIN_POINTS
+
+
+class Settings(Protocol):
+    """The arguments of `DomainReweighting`."""
+
+    rule: Any
+    radius: float
+    floor: float
+    reference: Any
+    losses: Any
+    every: int
+    dynamic_ratio: bool
+    start: int
+    stop: int | None
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse values that no run could have.
+
+    Raises:
+        ConfigError: it names the value, what is allowed, and the key.
+    """
+    _check_choice("rule", settings.rule, RULES)
+    _check_choice("losses", settings.losses, ("training", "validation"))
+    if not isinstance(settings.reference, Mapping):
+        _check_choice("reference", settings.reference, ("source", "dynamic"), " or a mapping of domains to losses")
+    for key, fits, allowed in (
+        ("radius", 0 < settings.radius < math.inf, "above 0, for example 0.1"),
+        ("floor", 0 <= settings.floor < 1, "at least 0 and below 1"),
+        ("every", settings.every >= 1, "at least 1"),
+        ("start", settings.start >= 0, "at least 0"),
+        ("stop", settings.stop is None or settings.stop > settings.start, f"null or above start={settings.start}"),
+    ):
+        if not fits:
+            raise ConfigError(f"DomainReweighting.{key} is {getattr(settings, key)}: it must be {allowed}.")
+    if settings.dynamic_ratio and settings.rule != "robust":
+        raise ConfigError(
+            f"DomainReweighting.dynamic_ratio moves the ratio of rule='robust', and rule is {settings.rule!r}: set one "
+            "of the two accordingly."
+        )
+
+
+def check_data(settings: Settings, trainer: L.Trainer) -> None:
+    """Refuse a run whose data module or validation cannot give what the settings need.
+
+    Raises:
+        ConfigError: it says what is missing.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    missing = [name for name in ("domain_names", "weights", "set_weights") if not hasattr(data, name)]
+    if missing:
+        found = "there is none" if data is None else f"{type(data).__name__} has no `{missing[0]}`"
+        raise ConfigError(
+            "DomainReweighting steers a data module with `domain_names`, `weights` and `set_weights`, and "
+            f"{found}: fit with datamodule=TextDataModule(...), or give yours these three."
+        )
+    if isinstance(settings.reference, Mapping):
+        _check_mapping(settings.reference, list(data.domain_names))
+    wanted = "losses='validation'" if settings.losses == "validation" else "reference='source'"
+    if (settings.losses == "validation" or settings.reference == "source") and not trainer.enable_validation:
+        raise ConfigError(
+            f"DomainReweighting.{wanted} needs validation, and this run has none: give it validation data and a "
+            "validation_step, set trainer.limit_val_batches above 0, or set losses='training' with reference='dynamic' "
+            "or a mapping of domains to losses."
+        )
+
+
+def initial_ratio(weights: Mapping[str, float], domains: list[str]) -> Array:
+    """The data module's weights as a ratio [D].
+
+    Raises:
+        ConfigError: they name other domains than `domain_names`, or are no mixture.
+    """
+    if set(weights) != set(domains) or not all(math.isfinite(w) and w >= 0 for w in weights.values()):
+        raise ConfigError(
+            f"The data module's `weights` are {dict(weights)}, but must be a number of at least 0 for each of its "
+            f"`domain_names`: {', '.join(domains)}."
+        )
+    ratio = np.array([weights[name] for name in domains], dtype=np.float64)
+    if np.count_nonzero(ratio) < 2:
+        raise ConfigError(
+            f"DomainReweighting needs two domains with a weight above 0, and data.weights are {dict(weights)}: raise "
+            "the weight of another domain, or leave DomainReweighting out."
+        )
+    return np.asarray(ratio / ratio.sum())
+
+
+def check_length(settings: Settings, end: float) -> None:
+    """Refuse a run whose end is not known where shares of its steps count, or that is too short for a fit.
+
+    Args:
+        settings: of the callback.
+        end: the step at which the run, or the callback's window, ends.
+
+    Raises:
+        ConfigError: it says which key to change.
+    """
+    dynamic = settings.reference == "dynamic"
+    if (dynamic or settings.dynamic_ratio) and math.isinf(end):
+        wanted = "reference='dynamic'" if dynamic else "dynamic_ratio=True"
+        raise ConfigError(
+            f"DomainReweighting.{wanted} counts in shares of the run, whose length is not known: set trainer.max_steps "
+            "or DomainReweighting.stop."
+        )
+    if settings.start >= end:
+        raise ConfigError(
+            f"DomainReweighting.start is {settings.start}, and the run ends at step {end:.0f}: set it to less."
+        )
+    steps = end - settings.start
+    if dynamic and settings.losses == "training" and steps * (1 - POINTS_FROM) // settings.every < MIN_POINTS + 1:
+        most = max(int(steps * (1 - POINTS_FROM)) // (MIN_POINTS + 1), 1)
+        raise ConfigError(
+            f"DomainReweighting.reference='dynamic' fits its first curve to {MIN_POINTS} updates, and {steps:.0f} "
+            f"steps have too few with every={settings.every}: set every to at most {most}, better "
+            f"{max(int(steps * (FITS_FROM - POINTS_FROM)) // MIN_POINTS, 1)}, or give the references as a mapping."
+        )
+
+
+def check_validated(losses: Array, ratio: Array, domains: list[str]) -> None:
+    """Refuse validation data that lacks a domain which trains.
+
+    Raises:
+        ConfigError: it names the domain.
+    """
+    lacking = [name for name, loss, share in zip(domains, losses, ratio, strict=True) if share and np.isnan(loss)]
+    if lacking:
+        raise ConfigError(
+            f"DomainReweighting needs a validation loss of each domain that trains, and {', '.join(lacking)} got none: "
+            "give validation data of it, raise trainer.limit_val_batches, or set losses='training' with "
+            "reference='dynamic' or a mapping of domains to losses."
+        )
+
+
+def _check_choice(key: str, value: object, allowed: tuple[str, ...], more: str = "") -> None:
+    if value not in allowed:
+        raise ConfigError(f"DomainReweighting.{key} is {value!r}: it must be one of {', '.join(allowed)}{more}.")
+
+
+def _check_mapping(reference: Mapping[str, float], domains: list[str]) -> None:
+    names = f"the data module has: {', '.join(domains)}"
+    for name, loss in reference.items():
+        if name not in domains:
+            raise ConfigError(f"DomainReweighting.reference names {name!r}, but {names}.")
+        if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 <= loss < math.inf:
+            raise ConfigError(f"DomainReweighting.reference.{name} is {loss}: it must be a loss in nats per token.")
+    for name in domains:
+        if name not in reference:
+            raise ConfigError(f"DomainReweighting.reference has no loss for {name!r}, and {names}.")

@@ -1,0 +1,66 @@
+"""Budgets as shapes: within the budget, as large as can be, rounded, in proportion, and what the class can have."""
+
+import pytest
+
+from lightprune.anatomy import Anatomy, Shape, Structure, anatomy_of
+from lightprune.expressible import check_expressible
+from lightprune.plan import PruningPlan
+from lightprune.selectors.budget import shape_within, smallest
+from lightprune.surgery import resulting_parameters
+from tests.families import FAMILIES, tiny_lm
+
+
+def parameters(anatomy: Anatomy, shape: Shape) -> int:
+    return resulting_parameters(anatomy, PruningPlan.arriving_at(anatomy, shape))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_budget_of_every_family(name: str) -> None:
+    anatomy = anatomy_of(tiny_lm(name, num_layers=4))
+    structures = {*anatomy.family.structures, "kv_groups"}
+    last = anatomy.num_parameters
+    for ratio in (0.9, 0.7, 0.5):
+        budget = int(ratio * anatomy.num_parameters)
+        shape = shape_within(anatomy, anatomy.shape, budget, structures, 4)
+        assert shape is not None
+        assert smallest(anatomy, anatomy.shape, structures, 4) <= parameters(anatomy, shape) <= min(budget, last)
+        plan = PruningPlan.arriving_at(anatomy, shape)
+        plan.validate(anatomy)
+        check_expressible(anatomy, plan)
+        last = parameters(anatomy, shape)
+
+
+CASES: list[tuple[set[Structure], int]] = [({"channels"}, 1), ({"channels"}, 16), ({"hidden"}, 8), ({"layers"}, 1)]
+
+
+@pytest.mark.parametrize(("structures", "multiple"), CASES)
+def test_one_structure_alone_is_as_large_as_can_be(structures: set[Structure], multiple: int) -> None:
+    """By trying every count."""
+    anatomy = anatomy_of(tiny_lm("llama_tied"))
+    (structure,) = structures
+    there = anatomy.shape.count(structure)
+    every = [Shape(**{**vars(anatomy.shape), structure: n}) for n in range(multiple, there + 1, multiple)]
+    for ratio in (0.95, 0.8, 0.65):
+        budget = int(ratio * anatomy.num_parameters)
+        fitting = [shape for shape in every if parameters(anatomy, shape) <= budget]
+        best = max(fitting, key=lambda shape: shape.count(structure), default=None)
+        assert shape_within(anatomy, anatomy.shape, budget, structures, multiple) == best
+
+
+def test_all_structures_shrink_in_proportion() -> None:
+    anatomy = anatomy_of(tiny_lm("llama_tied", hidden_size=128, intermediate_size=256, num_layers=12))
+    source = anatomy.shape
+    shape = shape_within(anatomy, source, anatomy.num_parameters // 3, {"layers", "channels", "hidden"}, 2)
+    assert shape is not None
+    ratios = [shape.count(s) / source.count(s) for s in ("layers", "channels", "hidden")]
+    assert max(ratios) - min(ratios) < 1 / 12
+    assert shape.heads == source.heads
+
+
+def test_no_shape_fits() -> None:
+    anatomy = anatomy_of(tiny_lm("llama_tied"))
+    least = smallest(anatomy, anatomy.shape, {"channels"}, 8)
+    assert shape_within(anatomy, anatomy.shape, least - 1, {"channels"}, 8) is None
+    found = shape_within(anatomy, anatomy.shape, least, {"channels"}, 8)
+    assert found is not None
+    assert found.channels == 8
