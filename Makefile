@@ -19,7 +19,7 @@ endif
 GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1
 
 # At most 4 workers: each one imports torch and holds its own copy of the tiny models.
-PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 4
+PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 .PHONY: help quickstart test lint overhead clean
 .DEFAULT_GOAL := help

@@ -7,6 +7,7 @@ from lightprune.export import ExportHF, export_hf
 from lightprune.module import CausalLM
 from lightprune.pipeline import Pipeline
 from lightprune.plan import PruningPlan
+from lightprune.preemption import PreemptionCheckpoint
 from lightprune.progress import PruningProgressBar
 from lightprune.random_state import RandomState
 from lightprune.recovery import LoRARecovery, Recovery
@@ -47,6 +48,7 @@ __all__ = [
     "MagnitudeUnitSelector",
     "Pipeline",
     "PlanFromFile",
+    "PreemptionCheckpoint",
     "ProximalGroupLasso",
     "PruningPlan",
     "PruningProgressBar",

@@ -17,6 +17,7 @@ from lightprune.data.sources import Source
 from lightprune.data.tokens import cache_root
 from lightprune.errors import ConfigError
 from lightprune.hub import load_tokenizer
+from lightprune.preemption import outlive_preemption
 
 
 class TextDataModule(LightningDataModule):
@@ -55,7 +56,8 @@ class TextDataModule(LightningDataModule):
         num_workers: Worker processes for each loader, at most `weights_lag`. Their number changes no batch.
         weights_lag: After how many batches new weights act (`set_weights`): as far ahead of training may workers be.
         seed: Of the order in which blocks are drawn.
-        cache_dir: None is the environment's `LIGHTPRUNE_CACHE`, or else `~/.cache/lightprune`.
+        cache_dir: None is the environment's `LIGHTPRUNE_CACHE`, or else `~/.cache/lightprune`. Nodes of one run should
+            share it: rank 0 fills it, and a rank that finds nothing there tokenizes the text for itself.
 
     Attributes:
         domain_names: The domains, in the order of their indices.
@@ -78,6 +80,8 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        # Nodes share the cache; by Lightning's default all of them would make it at once.
+        self.prepare_data_per_node = False
         if not domains:
             raise ConfigError("data.domains is empty, but must name at least one domain.")
         for name, source in domains.items():
@@ -170,7 +174,7 @@ class TextDataModule(LightningDataModule):
         return self._mixture.epochs_seen
 
     def prepare_data(self) -> None:
-        """Tokenizes what is not in the cache yet, once on each node; streams wait for training."""
+        """Tokenizes what is not in the cache yet, on rank 0 alone; streams wait for training."""
         tokenize_domains(self.domains, self.tokenizer, cache=cache_root(self.cache_dir))
 
     def setup(self, stage: str) -> None:
@@ -241,6 +245,7 @@ class TextDataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
+            "worker_init_fn": outlive_preemption,
             "pin_memory": torch.cuda.is_available(),
             # Its own: making an iterator must not touch the global random state, for a resumed run makes more of them.
             "generator": torch.Generator().manual_seed(self.seed),

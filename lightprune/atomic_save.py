@@ -1,0 +1,65 @@
+"""Checkpoints that appear whole or not at all, files and DeepSpeed's directories alike.
+
+Lightning writes a file below TMPDIR and moves it, which on another file system than the checkpoint's is a copy over the
+old one; DeepSpeed writes into the old directory. A process that is killed meanwhile leaves no checkpoint to go on from.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import Strategy
+
+
+def save_atomically(strategy: Strategy) -> Callable[[], None]:
+    """Let a strategy write each checkpoint beside its place, and move it there when all ranks have written theirs.
+
+    Checkpoints in remote storage, which appear whole anyway, and those of `AsyncCheckpointIO` are left as they are.
+
+    Returns:
+        What undoes this.
+    """
+    original = strategy.save_checkpoint
+
+    def save(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(filepath) or isinstance(strategy._checkpoint_io, AsyncCheckpointIO):
+            original(checkpoint, filepath, storage_options)
+            return
+        target: Path = strategy.broadcast(Path(filepath))
+        draft = target.with_name(f"{target.name}.part")
+        if strategy.is_global_zero:
+            remove(draft)
+        strategy.barrier()
+        original(checkpoint, draft, storage_options)
+        strategy.barrier()
+        if strategy.is_global_zero:
+            put_in_place(draft, target)
+
+    strategy.save_checkpoint = save  # type: ignore[method-assign]
+    return lambda: vars(strategy).pop("save_checkpoint", None)
+
+
+def put_in_place(draft: Path, target: Path) -> None:
+    """Move a checkpoint to where an older one may be; at every moment one of them is there whole.
+
+    Directories cannot replace each other: between two renames the older one has a name that `ckpt_path="last"` finds.
+    """
+    if not target.is_dir():
+        draft.replace(target)
+        return
+    older = target.with_name(f"{target.stem}-older{target.suffix}")
+    remove(older)
+    target.rename(older)
+    draft.rename(target)
+    older.rename(draft)
+    remove(draft)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,190 @@
+"""Invariant 6 for runs that are told to stop: whenever the signal comes, the end is that of the undisturbed run."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
+
+import lightprune as lp
+from lightprune.preemption import PreemptionCheckpoint, outlive_preemption
+from tests.families import tiny_lm
+from tests.resume_run import CUT, STEPS, Shuffled, callbacks_of, checkpoint_of
+from tests.test_resume import differences
+from tests.training import Plain, batches, trainer_for
+
+ACCUMULATE = 2
+
+
+class Signal(Callback):
+    """Sends this process signals, the first time that a hook is called after so many optimizer steps."""
+
+    def __init__(self, hook: str, step: int, *numbers: int) -> None:
+        self.step = step
+        self.numbers = list(numbers)
+        setattr(self, hook, self.send)
+
+    def send(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            while self.numbers:
+                os.kill(os.getpid(), self.numbers.pop())
+
+
+def run(folder: Path, *extra: Callback, every: int = 100) -> dict[str, Any]:
+    """Train to the end or to a signal, from the last checkpoint if there is one; how far it came, and with what."""
+    module = Plain(tiny_lm("qwen2", attention_dropout=0.3), optimizer=torch.optim.AdamW)
+    trainer = trainer_for(
+        [*extra, *callbacks_of({}), checkpoint_of(folder, {"every": every}), PreemptionCheckpoint()],
+        max_steps=STEPS,
+        enable_checkpointing=True,
+        accumulate_grad_batches=ACCUMULATE,
+        val_check_interval=4 * ACCUMULATE,
+        default_root_dir=folder,
+    )
+    loaders = {"train_dataloaders": Shuffled(8 * ACCUMULATE), "val_dataloaders": batches(1)}
+    status: Any = 0
+    try:
+        trainer.fit(module, **loaders, ckpt_path="last", weights_only=True)
+    except SystemExit as stop:
+        status = stop.code
+    return {
+        "status": status,
+        "step": trainer.global_step,
+        "batches": trainer.fit_loop.epoch_loop.total_batch_idx + 1,
+        "weights": module.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict() if trainer.optimizers else None,
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    end = run(tmp_path_factory.mktemp("undisturbed"))
+    assert end["step"] == STEPS
+    return end
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "numbers", "stops_at"),
+    [
+        ("on_train_epoch_start", 0, [signal.SIGTERM], 1),
+        ("on_train_batch_start", 2, [signal.SIGUSR1], 3),  # the first of two batches that are accumulated
+        ("on_after_backward", 8, [signal.SIGTERM], 9),
+        ("on_validation_batch_start", 4, [signal.SIGUSR1, signal.SIGTERM], 5),  # validation comes after the step's end
+        ("on_validation_start", CUT, [signal.SIGTERM, signal.SIGTERM], CUT),  # inside the cut
+        ("on_train_batch_end", STEPS, [signal.SIGTERM], STEPS),
+    ],
+)
+def test_stops_after_the_step_and_resumes_as_if_undisturbed(
+    hook: str, step: int, numbers: list[int], stops_at: int, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    stopped = run(tmp_path, Signal(hook, step, *numbers))
+    assert (stopped["status"], stopped["step"]) == (75, stops_at)
+    assert stopped["batches"] == stops_at * ACCUMULATE
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == stops_at
+    end = run(tmp_path)
+    assert (end["status"], end["step"]) == (0, STEPS)
+    assert differences(undisturbed["weights"], end["weights"]) == []
+    if stops_at < STEPS:
+        assert differences(undisturbed["optimizer"], end["optimizer"]) == []
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["last.ckpt"]
+
+
+def test_a_step_that_is_saved_already_is_not_saved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    save = L.Trainer.save_checkpoint
+    monkeypatch.setattr(
+        L.Trainer, "save_checkpoint", lambda self, *args: (saved.append(self.global_step), save(self, *args))
+    )
+    run(tmp_path, Signal("on_after_backward", 3, signal.SIGUSR1), every=2)
+    assert saved == [2, 4]
+
+
+def test_the_process_has_its_own_handlers_again(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in PreemptionCheckpoint.SIGNALS]
+    run(tmp_path, Signal("on_after_backward", 1, signal.SIGTERM))
+    assert [signal.getsignal(number) for number in PreemptionCheckpoint.SIGNALS] == before
+    run(tmp_path)
+    assert [signal.getsignal(number) for number in PreemptionCheckpoint.SIGNALS] == before
+
+
+@pytest.mark.parametrize("savers", [[], [ModelCheckpoint(save_last=None)], [ModelCheckpoint(save_last="link")]])
+def test_refuses_a_run_that_keeps_no_last_checkpoint(savers: list[Callback], tmp_path: Path) -> None:
+    trainer = trainer_for(
+        [*savers, PreemptionCheckpoint()], max_steps=1, enable_checkpointing=True, default_root_dir=tmp_path
+    )
+    with pytest.raises(lp.ConfigError, match="save_last: true"):
+        trainer.fit(Plain(), batches(1))
+
+
+class Numbers(Dataset[int]):
+    """As many numbers as anyone wants."""
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_workers_end_with_their_trainer_and_not_by_a_signal_to_the_whole_job() -> None:
+    loader = iter(DataLoader(Numbers(), num_workers=1, worker_init_fn=outlive_preemption))
+    assert next(loader) == 0
+    (worker,) = loader._workers  # type: ignore[attr-defined]
+    for name in ("TERM", "USR1"):  # as from Slurm: another process sends them
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert [next(loader).item() for _ in range(90)] == list(range(1, 91))
+    worker.terminate()
+    worker.join(timeout=60)
+    assert worker.exitcode == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+RANK = """
+import os, signal, sys
+from tests.test_preemption import Signal
+from tests.training import Plain, batches, trainer_for
+import lightprune as lp
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+rank = int(os.environ["LOCAL_RANK"])
+callbacks = [ModelCheckpoint(sys.argv[1], save_last=True, save_top_k=0), lp.PreemptionCheckpoint()]
+if rank == 1:
+    callbacks.append(Signal("on_after_backward", 2, signal.SIGTERM))
+trainer = trainer_for(callbacks, max_steps=50, enable_checkpointing=True, strategy="ddp", devices=2)
+trainer.fit(Plain(), batches(200))
+"""
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path)], env={**environment, "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [75, 75]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
