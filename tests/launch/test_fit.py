@@ -32,17 +32,16 @@ PRUNING: list[Any] = [
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a run runs, and whether it prunes there."""
+    """Where a run runs."""
 
     ranks: int
     sbatch: list[str] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
-    callbacks: list[Any] = field(default_factory=lambda: PRUNING)
 
 
 LAYOUTS = {
     "one node": Layout(ranks=1),
-    "two nodes": Layout(ranks=2, sbatch=["--nodes=2"], trainer={"strategy": "ddp"}, callbacks=[]),
+    "two nodes": Layout(ranks=2, sbatch=["--nodes=2"], trainer={"strategy": "ddp"}),
 }
 
 
@@ -58,7 +57,7 @@ RUNS: dict[tuple[str, str], list[Any]] = {
     ("preempted in the cut", "one node"): [pause("on_validation_start", CUT)],
     ("out of time", "one node"): [pause("on_train_batch_start", CUT + 1)],
     ("undisturbed", "two nodes"): [],
-    ("preempted", "two nodes"): [pause("on_train_batch_start", SELECT + 1)],
+    ("preempted in the cut", "two nodes"): [pause("on_validation_start", CUT)],
     ("rank killed", "two nodes"): [pause("on_train_batch_start", 1)],
 }
 
@@ -82,7 +81,7 @@ def submit(cluster: Cluster, folder: Path, inputs: Path, layout: Layout, extra: 
             "num_sanity_val_steps": 0,
             "logger": False,
             "enable_progress_bar": False,
-            "callbacks": [*extra, *layout.callbacks, {"class_path": "ModelCheckpoint", "init_args": saver}],
+            "callbacks": [*extra, *PRUNING, {"class_path": "ModelCheckpoint", "init_args": saver}],
             **layout.trainer,
         },
         "model": {"class_path": "lightprune.CausalLM", "init_args": {"model": str(inputs / "model")}},
@@ -123,10 +122,9 @@ def test_a_run_finishes(layout: str, jobs: Jobs) -> None:
     assert job.restarts == 0
     assert result(job)["global_step"] == STEPS
     assert ["Tokenizing" in job.rank_log(rank) for rank in ranks] == [rank == 0 for rank in ranks]
-    if LAYOUTS[layout].callbacks:
-        summary = json.loads((job.folder / "summary.json").read_text())
-        assert summary["after"]["layers"] == LAYERS - 2
-        assert (job.folder / "pruned" / "model.safetensors").exists()
+    summary = json.loads((job.folder / "summary.json").read_text())
+    assert summary["after"]["layers"] == LAYERS - 2
+    assert (job.folder / "pruned" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(("fate", "layout"), [run for run in RUNS if run[0].startswith("preempted")])
