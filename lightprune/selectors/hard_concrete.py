@@ -130,8 +130,10 @@ class HardConcreteSelector(Selector):
         return self._target_sparsity
 
     @property
-    def skips_layers(self) -> bool:
-        return "layers" in self.structures
+    def skips_layers(self) -> bool:  # asked before the model is there
+        if self.parameters is None:
+            return self.counts.layers is not None
+        return self.shrinking is None or "layers" in self.shrinking
 
     def check(self) -> None:
         super().check()
