@@ -34,7 +34,7 @@ def whole(parameter: nn.Parameter) -> Tensor:
     part = partitioned.ds_tensor.detach().to(partitioned.device)
     group = partitioned.ds_process_group
     parts: Tensor = part.new_empty(torch.distributed.get_world_size(group) * part.numel())
-    torch.distributed.all_gather_into_tensor(parts, part.contiguous(), group=group)
+    torch.distributed.all_gather(list(parts.split(part.numel())), part.contiguous(), group=group)
     return parts[: whole_shape(parameter).numel()].view(whole_shape(parameter))
 
 
@@ -44,9 +44,9 @@ def changed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     if not any(map(is_partitioned, parameters)):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(list(parameters), modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
         yield
 
 

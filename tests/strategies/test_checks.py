@@ -38,6 +38,7 @@ def test_a_strategy_that_is_not_supported(strategy: Strategy) -> None:
         (zero(scheduler={"type": "WarmupLR"}), "has its own 'scheduler'.*`lr_scheduler`"),
         (zero(0), "ZeRO stage 0: set it to 1, 2 or 3"),
         (zero(3, settings={"offload_optimizer": {"device": "nvme"}}), "offloads to nvme"),
+        (zero(3, settings={"zero_hpz_partition_size": 2}), "zero_hpz_partition_size to 2"),
         (zero(1, data_types={"grad_accum_dtype": "fp32"}), "data_types.grad_accum_dtype"),
     ],
 )
