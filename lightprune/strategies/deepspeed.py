@@ -180,6 +180,9 @@ class DeepSpeed(Engine):
         engine, self._places = self.strategy.model, None
         self.strategy.model, self.strategy.optimizers = self.module, self.optimizers
         engine.destroy()
+        for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):  # these it leaves
+            if hook is not None:
+                hook.remove()
         if engine.optimizer is not None:  # it is part of cycles, for whose collection its buffers should not wait
             vars(engine.optimizer).clear()
         for module in self.module.modules():
@@ -189,7 +192,7 @@ class DeepSpeed(Engine):
 
     def _assemble(self, optimizer: Optimizer) -> None:
         """Build an engine around the module and an optimizer that there is."""
-        (schedule,) = self.trainer.lr_scheduler_configs or [None]
+        schedule = next(iter(self.trainer.lr_scheduler_configs), None)
         before = vars(self.strategy).pop(self.makes_optimizers, None)
         vars(self.strategy)[self.makes_optimizers] = lambda: (optimizer, schedule)
         try:
