@@ -82,6 +82,11 @@ class DeepSpeed(Engine):
                 "trainer.strategy.config sets data_types.grad_accum_dtype, and the optimizer that deepspeed then takes "
                 "cannot be cut: leave it out."
             )
+        if self.module is not None and not self.module.automatic_optimization:
+            raise ConfigError(
+                f"{type(self.module).__name__}.automatic_optimization is False, and under DeepSpeed the engine steps: "
+                "set it to True, or use ddp."
+            )
         accumulate = self.trainer.accumulate_grad_batches
         if accumulate > 1 and not isinstance(self.strategy, ExactDeepSpeedStrategy):
             rank_zero_warn(

@@ -11,6 +11,8 @@ import lightprune as lp
 from lightprune.strategies import deepspeed as engine_file
 from lightprune.strategies import engine_of
 from lightprune.strategies.exact import CPUDeepSpeedStrategy
+from tests.strategies.runs import small_lm
+from tests.training import Plain
 
 
 def trainer_with(strategy: Strategy | str, **settings: Any) -> L.Trainer:
@@ -45,6 +47,15 @@ def test_a_strategy_that_is_not_supported(strategy: Strategy) -> None:
 def test_a_setting_that_cannot_work(strategy: Strategy, message: str) -> None:
     with pytest.raises(lp.ConfigError, match=message):
         engine_of(trainer_with(strategy)).check()
+
+
+def test_manual_optimization_under_deepspeed() -> None:
+    module = Plain(small_lm())
+    module.automatic_optimization = False
+    trainer = trainer_with(zero())
+    trainer.strategy.connect(module)
+    with pytest.raises(lp.ConfigError, match=r"Plain\.automatic_optimization is False.*use ddp"):
+        engine_of(trainer).check()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_find_unused_parameters_true", *map(zero, (1, 2, 3))])
