@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 
-def is_partitioned(parameter: nn.Parameter) -> bool:
+def is_partitioned(parameter: Tensor) -> bool:
     """Whether each rank keeps a part of the parameter only."""
     return hasattr(parameter, "ds_tensor")
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole parameter."""
     return torch.Size(cast(Any, parameter).ds_shape) if is_partitioned(parameter) else parameter.shape
 
 
 @torch.no_grad()
-def whole(parameter: nn.Parameter) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     """The whole of a parameter, without gradient; it itself if it is whole. Every rank must ask for it."""
     if not is_partitioned(parameter):
         return parameter.detach()
@@ -34,7 +34,7 @@ def whole(parameter: nn.Parameter) -> Tensor:
     part = partitioned.ds_tensor.detach().to(partitioned.device)
     group = partitioned.ds_process_group
     parts: Tensor = part.new_empty(torch.distributed.get_world_size(group) * part.numel())
-    torch.distributed.all_gather_into_tensor(parts, part.contiguous(), group=group)
+    torch.distributed.all_gather(list(parts.view(-1, part.numel())), part.contiguous(), group=group)
     return parts[: whole_shape(parameter).numel()].view(whole_shape(parameter))
 
 
@@ -44,9 +44,9 @@ def changed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     if not any(map(is_partitioned, parameters)):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(list(parameters), modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
         yield
 
 

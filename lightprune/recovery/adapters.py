@@ -96,7 +96,7 @@ class Adapters:
     def merge(self) -> None:
         """Add them to the weights, W + scale * B A, and leave the plain model."""
         for layer in self._layers.values():
-            with changed([layer.get_base_layer().weight, *layer.lora_A.parameters(), *layer.lora_B.parameters()]):
+            with changed(list(layer.parameters())):
                 layer.merge()
         self._tuner.unload()
         self._leave()

@@ -50,8 +50,8 @@ class Recovery(Part):
         if cut is None or cut.step is None:
             return
         trainer = self.pipeline.trainer
-        if self._ratios is None:
-            own = [[_own_rate(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        own = [[_own_rate(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        if self._ratios is None or [*map(len, self._ratios)] != [*map(len, own)]:  # groups may have lost all they had
             largest = max(rate for rates in own for rate in rates)
             self._ratios = [[rate / largest if largest else 1.0 for rate in rates] for rates in own]
         rate = self.lr * rate_factor(

@@ -98,7 +98,7 @@ class LoRARecovery(Part):
         from lightprune.recovery.adapters import restore
 
         self._adapters.merge()
-        if self.pipeline.fitting:  # else no optimizer has them
+        if self.pipeline.fitting and self.pipeline.engine.keeps_optimizers:  # else no optimizer has them
             restore(self.pipeline.engine.optimizers, self._before)
         self._adapters, self._before = None, []
 

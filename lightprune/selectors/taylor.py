@@ -77,7 +77,9 @@ class TaylorUnitSelector(CalibratedUnitSelector):
         return gated
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        gradients = {unit: gates.grad for unit, gates in self._gates.items() if gates.grad is not None}
+        # A batch is what all ranks have of it, as it is to the optimizer.
+        mean = self.pipeline.engine.mean
+        gradients = {unit: mean(gates.grad) for unit, gates in self._gates.items() if gates.grad is not None}
         if not gradients:
             return
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()

@@ -6,6 +6,7 @@ from lightprune.errors import ConfigError
 from lightprune.strategies.base import Engine
 from lightprune.strategies.ddp import DDP
 from lightprune.strategies.deepspeed import DeepSpeed
+from lightprune.strategies.exact import CPUDeepSpeedStrategy, ExactDeepSpeedStrategy
 from lightprune.strategies.single_device import SingleDevice
 
 # A subclass of a Lightning strategy before the class that it derives from.
@@ -27,4 +28,4 @@ def engine_of(trainer: L.Trainer) -> Engine:
     )
 
 
-__all__ = ["Engine", "engine_of"]
+__all__ = ["CPUDeepSpeedStrategy", "Engine", "ExactDeepSpeedStrategy", "engine_of"]

@@ -32,6 +32,8 @@ class Engine:
     """
 
     supports: ClassVar[type[Strategy]]
+    # Whether the optimizers that the module made go on after the fit as the ones that trained.
+    keeps_optimizers: ClassVar[bool] = True
     # The method of the strategy in which the module is asked for its optimizers.
     makes_optimizers: ClassVar[str] = "setup_optimizers"
 
@@ -155,8 +157,7 @@ class Engine:
         removed = [parameter for i in plan.dropped_layers for parameter in anatomy.layers[i].parameters()]
         cut_model(anatomy, plan, on_replace)
         for optimizer in self.optimizers:
-            schedulers = [c.scheduler for c in self.trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
-            remove_parameters(optimizer, schedulers, removed)
+            remove_parameters(optimizer, schedulers_of(self.trainer, optimizer), removed)
 
     def load(
         self, original: Callable[..., Checkpoint], restructure: Restructure, path: Any, *args: Any, **kwargs: Any
@@ -203,6 +204,11 @@ class Engine:
         values = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(values, value)
         return values
+
+
+def schedulers_of(trainer: L.Trainer, optimizer: Optimizer) -> list[Any]:
+    """The schedulers that drive an optimizer."""
+    return [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
 
 
 def average_gradients(optimizer: Optimizer, mean: Callable[[Tensor], Tensor]) -> bool:

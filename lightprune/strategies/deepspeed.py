@@ -18,12 +18,16 @@ from transformers import PreTrainedModel
 from lightprune.errors import ConfigError
 from lightprune.partitioned import is_partitioned, twin, whole, whole_shape
 from lightprune.strategies import zero
-from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure
+from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure, schedulers_of
 from lightprune.strategies.exact import ExactDeepSpeedStrategy
 from lightprune.strategies.zero_checkpoint import is_sharded, model_states, safe_loading
+from lightprune.surgery import drop_empty_groups
 
 # Names of deepspeed's that are not public are used, and were checked in these.
 VERSIONS = SpecifierSet(">=0.19.8,<0.20")
+
+# Settings of ZeRO under which a rank holds other tensors than those that are carried from engine to engine.
+_NOT_CUT = ("zenflow", "zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_weights")
 
 # What a ZeRO-3 engine leaves on the modules, and the next one would take for its own: functions of the old engine.
 _LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
@@ -33,6 +37,7 @@ class DeepSpeed(Engine):
     """Lightning's `DeepSpeedStrategy` with ZeRO of stage 1, 2 or 3, and the strategies derived from it."""
 
     supports = DeepSpeedStrategy
+    keeps_optimizers = False
     makes_optimizers = "_init_optimizers"
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -66,17 +71,28 @@ class DeepSpeed(Engine):
                 raise ConfigError(
                     f"trainer.strategy offloads to nvme ({key}), from where nothing can be cut: offload to cpu."
                 )
+        for key in _NOT_CUT:
+            if settings.get(key) not in (None, False, 1):
+                raise ConfigError(
+                    f"trainer.strategy.config sets zero_optimization.{key} to {settings[key]!r}, which keeps more of "
+                    "the weights than a cut knows of: leave it out."
+                )
         if "grad_accum_dtype" in config.get("data_types", {}):
             raise ConfigError(
                 "trainer.strategy.config sets data_types.grad_accum_dtype, and the optimizer that deepspeed then takes "
                 "cannot be cut: leave it out."
+            )
+        if self.module is not None and not self.module.automatic_optimization:
+            raise ConfigError(
+                f"{type(self.module).__name__}.automatic_optimization is False, and under DeepSpeed the engine steps: "
+                "set it to True, or use ddp."
             )
         accumulate = self.trainer.accumulate_grad_batches
         if accumulate > 1 and not isinstance(self.strategy, ExactDeepSpeedStrategy):
             rank_zero_warn(
                 f"trainer.accumulate_grad_batches is {accumulate}: Lightning divides the loss by it, and deepspeed "
                 "again, so that gradients, and what clipping sees, are too small by that factor. "
-                "trainer.strategy=lightprune.strategies.exact.ExactDeepSpeedStrategy divides once."
+                "trainer.strategy=lightprune.strategies.ExactDeepSpeedStrategy divides once."
             )
 
     @property
@@ -156,6 +172,7 @@ class DeepSpeed(Engine):
         kept = {replaced.get(p, (p, ()))[0] for group in inner.param_groups for p in group["params"]}
         fragments = zero.take(places, inner, kept)
         del places
+        drop_empty_groups(inner, schedulers_of(self.trainer, inner))  # deepspeed does, and forgets the schedulers
         self._assemble(inner)
         zero.give(self._zero, fragments, replaced, self.strategy.root_device)
         for name, value in keep.items():
@@ -168,8 +185,11 @@ class DeepSpeed(Engine):
         engine, self._places = self.strategy.model, None
         self.strategy.model, self.strategy.optimizers = self.module, self.optimizers
         engine.destroy()
-        # It is part of cycles, and its buffers should not wait for them to be collected.
-        vars(engine.optimizer).clear()
+        for hook in (engine.module_forward_pre_hook, engine.module_forward_post_hook):  # these it leaves
+            if hook is not None:
+                hook.remove()
+        if engine.optimizer is not None:  # it is part of cycles, for whose collection its buffers should not wait
+            vars(engine.optimizer).clear()
         for module in self.module.modules():
             for name in _LEFT_ON_MODULES:
                 vars(module).pop(name, None)
@@ -177,7 +197,7 @@ class DeepSpeed(Engine):
 
     def _assemble(self, optimizer: Optimizer) -> None:
         """Build an engine around the module and an optimizer that there is."""
-        (schedule,) = self.trainer.lr_scheduler_configs or [None]
+        schedule = next(iter(self.trainer.lr_scheduler_configs), None)
         before = vars(self.strategy).pop(self.makes_optimizers, None)
         vars(self.strategy)[self.makes_optimizers] = lambda: (optimizer, schedule)
         try:

@@ -32,7 +32,7 @@ def model_states(path: str | Path) -> dict[str, Any]:
     folder = _folder(path)
     for name in _MODEL_STATES:
         if (folder / name).is_file():
-            return _load(folder / name)
+            return _load(folder / name, mmap=True)
     raise ConfigError(f"There is no DeepSpeed checkpoint at {str(path)!r}: it has no {folder.name}/{_MODEL_STATES[0]}.")
 
 
@@ -75,9 +75,9 @@ def safe_loading(engine: Any) -> Iterator[None]:
         del reader.load
 
 
-def _load(path: str | Path) -> dict[str, Any]:
+def _load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     with torch.serialization.safe_globals(_plain_classes()):
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     return loaded
 
 

@@ -2,13 +2,14 @@
 
 from lightprune.surgery.expected import expected_parameters
 from lightprune.surgery.model import Rows, cut_model, kept_rows, sliced
-from lightprune.surgery.optimizer import check_optimizer, remove_parameters, replace_parameter
+from lightprune.surgery.optimizer import check_optimizer, drop_empty_groups, remove_parameters, replace_parameter
 from lightprune.surgery.shapes import resulting_parameters, resulting_shapes
 
 __all__ = [
     "Rows",
     "check_optimizer",
     "cut_model",
+    "drop_empty_groups",
     "expected_parameters",
     "kept_rows",
     "remove_parameters",

@@ -61,6 +61,16 @@ def remove_parameters(optimizer: Optimizer, schedulers: Collection[Any], removed
             surviving.append(index)
     for parameter in removed:
         optimizer.state.pop(parameter, None)
+    _drop_groups(optimizer, schedulers, surviving)
+
+
+def drop_empty_groups(optimizer: Optimizer, schedulers: Collection[Any]) -> None:
+    """Take groups without a parameter that trains out of an optimizer and the `schedulers` that drive it."""
+    trains = [any(parameter.requires_grad for parameter in group["params"]) for group in optimizer.param_groups]
+    _drop_groups(optimizer, schedulers, [index for index, any_trains in enumerate(trains) if any_trains])
+
+
+def _drop_groups(optimizer: Optimizer, schedulers: Collection[Any], surviving: list[int]) -> None:
     num_groups = len(optimizer.param_groups)
     optimizer.param_groups[:] = [optimizer.param_groups[index] for index in surviving]
     for scheduler in schedulers:

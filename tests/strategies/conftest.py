@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.strategies.runs import CASES, STRATEGIES, WORLD, run
+from tests.strategies.runs import CASES, OFFLOADED, STRATEGIES, WORLD, run
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 600.0
@@ -64,7 +64,7 @@ class Pair:
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two processes that run everything in `CASES` under everything in `STRATEGIES`."""
-    pair = Pair(tmp_path_factory.mktemp("pair"), STRATEGIES, tuple(CASES))
+    pair = Pair(tmp_path_factory.mktemp("pair"), STRATEGIES + OFFLOADED, tuple(CASES))
     yield pair
     pair.close()
 

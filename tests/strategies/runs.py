@@ -23,6 +23,7 @@ from tests.training import Batch, Batches, Plain, batches, trainer_for
 SELECT, CUT, STEPS = 4, 7, 10
 WORLD = 2
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+OFFLOADED = ("zero2 offload", "zero3 offload")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -82,8 +83,14 @@ CASES: dict[str, Case] = {
 CASES |= {method: Case(method) for method in METHODS if method not in ("trsp", "dress", "annealed")}
 # In the held window, before, at and after the cut.
 CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
+CASES["resumed, lora"] = Case("lora", steps=(CUT + 1,))
 KILLED = {"killed at the cut": Case("annealed", kill=CUT)}
 CASES["bf16"] = Case("annealed", precision="bf16-mixed")
+
+
+# What is run under what; bf16 under DDP has nothing to be compared with.
+RUNS = [(s, name) for s in STRATEGIES for name in CASES | KILLED if (s, name) != ("ddp", "bf16")]
+RUNS += [(s, "annealed, accumulating 2") for s in OFFLOADED]
 
 
 class Record(Callback):
@@ -231,8 +238,12 @@ def strategy_of(name: str) -> Any:
     from lightprune.strategies.exact import CPUDeepSpeedStrategy
 
     # Below that threshold, parameters would stay whole under stage 3.
-    settings = {"stage": int(name[-1]), "stage3_param_persistence_threshold": 0}
-    return CPUDeepSpeedStrategy(config={"zero_allow_untested_optimizer": True, "zero_optimization": settings})
+    settings: dict[str, Any] = {"stage": int(name[4]), "stage3_param_persistence_threshold": 0}
+    config: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_optimization": settings}
+    if name.endswith("offload"):
+        settings["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's optimizer, moved to the CPU
+    return CPUDeepSpeedStrategy(config=config)
 
 
 def ends_of(case: Case, strategy: str, rank: int, folder: Path) -> dict[str, Any]:
@@ -254,8 +265,10 @@ def main(folder: Path, rank: int, strategies: list[str], names: list[str]) -> No
     torch.set_num_threads(1)
     for strategy in strategies:
         for name in names:
+            if (strategy, name) not in RUNS:
+                continue
             try:
-                ends = ends_of((CASES | KILLED)[name], strategy, rank, folder / strategy)
+                ends = ends_of((CASES | KILLED)[name], strategy, rank, folder / strategy / name)
             except Exception:
                 ends = {"error": traceback.format_exc()}
             path = folder / f"{strategy}, {name}, {rank}.pt"

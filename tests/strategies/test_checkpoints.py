@@ -18,9 +18,9 @@ ZERO = [strategy for strategy in STRATEGIES if strategy != "ddp"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("step", CASES["resumed"].steps)
-def test_a_resumed_run_ends_like_the_undisturbed_one(strategy: str, step: int, pair: Pair) -> None:
-    for end in pair.ends(strategy, "resumed"):
+@pytest.mark.parametrize(("name", "step"), [(name, step) for name, case in CASES.items() for step in case.steps])
+def test_a_resumed_run_ends_like_the_undisturbed_one(strategy: str, name: str, step: int, pair: Pair) -> None:
+    for end in pair.ends(strategy, name):
         undisturbed, resumed = end["undisturbed"], end[f"step={step}"]
         assert resumed["step"] == STEPS
         assert resumed["losses"] == undisturbed["losses"][-len(resumed["losses"]) :]
@@ -50,7 +50,7 @@ def test_a_killed_rank_and_a_new_start_end_like_the_undisturbed_run(strategy: st
 @pytest.mark.parametrize("step", [CUT, STEPS])
 def test_what_zero_saved_is_exported_without_it(strategy: str, step: int, pair: Pair, tmp_path: Path) -> None:
     end = pair.ends(strategy, "resumed")[0]["undisturbed"]
-    path = pair.folder / strategy / f"step={step}.ckpt"
+    path = pair.folder / strategy / "resumed" / f"step={step}.ckpt"
     callbacks = [*METHODS["annealed"](), lp.StructuredCut(at=CUT)]
     trainer = PruningTrainer(callbacks=callbacks, accelerator="cpu", devices=1, logger=False, max_steps=STEPS)
     trainer.export(Plain(small_lm()), str(path), str(tmp_path / "export"))
@@ -66,7 +66,7 @@ def test_what_zero_saved_is_exported_without_it(strategy: str, step: int, pair: 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_exports_what_it_ends_with(strategy: str, pair: Pair) -> None:
     end = pair.ends(strategy, "resumed")[0]["undisturbed"]
-    lm = AutoModelForCausalLM.from_pretrained(pair.folder / strategy / "export")
+    lm = AutoModelForCausalLM.from_pretrained(pair.folder / strategy / "resumed" / "export")
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
     assert all(torch.equal(weight, end["weights"][f"lm.{name}"]) for name, weight in lm.named_parameters())
 

@@ -11,6 +11,8 @@ import lightprune as lp
 from lightprune.strategies import deepspeed as engine_file
 from lightprune.strategies import engine_of
 from lightprune.strategies.exact import CPUDeepSpeedStrategy
+from tests.strategies.runs import small_lm
+from tests.training import Plain
 
 
 def trainer_with(strategy: Strategy | str, **settings: Any) -> L.Trainer:
@@ -38,12 +40,22 @@ def test_a_strategy_that_is_not_supported(strategy: Strategy) -> None:
         (zero(scheduler={"type": "WarmupLR"}), "has its own 'scheduler'.*`lr_scheduler`"),
         (zero(0), "ZeRO stage 0: set it to 1, 2 or 3"),
         (zero(3, settings={"offload_optimizer": {"device": "nvme"}}), "offloads to nvme"),
+        (zero(3, settings={"zero_hpz_partition_size": 2}), "zero_hpz_partition_size to 2"),
         (zero(1, data_types={"grad_accum_dtype": "fp32"}), "data_types.grad_accum_dtype"),
     ],
 )
 def test_a_setting_that_cannot_work(strategy: Strategy, message: str) -> None:
     with pytest.raises(lp.ConfigError, match=message):
         engine_of(trainer_with(strategy)).check()
+
+
+def test_manual_optimization_under_deepspeed() -> None:
+    module = Plain(small_lm())
+    module.automatic_optimization = False
+    trainer = trainer_with(zero())
+    trainer.strategy.connect(module)
+    with pytest.raises(lp.ConfigError, match=r"Plain\.automatic_optimization is False.*use ddp"):
+        engine_of(trainer).check()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_find_unused_parameters_true", *map(zero, (1, 2, 3))])
