@@ -112,8 +112,9 @@ class PreemptionCheckpoint(Checkpoint):
 def outlive_preemption(worker_id: int) -> None:
     """A data loader's `worker_init_fn`: the worker ends when its trainer ends it, not by a signal to the whole job."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_trainer, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where no job has several processes
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_trainer, daemon=True).start()
 
 
 def _end_with_trainer() -> None:

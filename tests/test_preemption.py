@@ -146,6 +146,17 @@ def test_workers_end_with_their_trainer_and_not_by_a_signal_to_the_whole_job() -
     assert worker.exitcode == 0
 
 
+def test_workers_without_sigwaitinfo_can_still_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.delattr(signal, "sigwaitinfo")
+    loader = iter(DataLoader(Numbers(), num_workers=1, worker_init_fn=outlive_preemption))
+    assert next(loader) == 0
+    (worker,) = loader._workers  # type: ignore[attr-defined]
+    worker.terminate()
+    worker.join(timeout=60)
+    assert worker.exitcode == -signal.SIGTERM
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -14,6 +14,7 @@ from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback
 from lightprune.host import find_causal_lm, run_validation
 from lightprune.metrics import DomainLoss
+from lightprune.pipeline import Pipeline
 from lightprune.plots import domain_figure
 from lightprune.reweighting.checks import (
     check_data,
@@ -63,9 +64,9 @@ class DomainReweighting(FinishingCallback):
         losses: "training": the running mean of the training losses (0.1 for the newest step), every `every` steps.
             "validation": the validation losses, with the step that follows each validation.
         every: optimizer steps between two updates by training losses.
-        dynamic_ratio: let the ratio p follow the weights from 20% of the steps on ("robust"). A share stays between
-            half and twice its initial one, and between the least and the greatest initial one of all: where all domains
-            begin with the same share, nothing moves.
+        dynamic_ratio: let the ratio p follow the weights from 20% of the steps on ("robust"). A share is kept between
+            half and twice its initial one, and between the least and the greatest initial one of all, up to the
+            normalization behind: where all domains begin with the same share, nothing moves.
         start: the optimizer step from which on it acts.
         stop: the optimizer step at which it ends, and with it "the run" in the shares above; the weights then stay as
             they are. None is the end of the run.
@@ -169,6 +170,9 @@ class DomainReweighting(FinishingCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._validation_due:  # the checkpoint was saved between the last step and its validation
+            pipeline = Pipeline.of(trainer)
+            if pipeline is not None:  # whose masks may not be back yet, if this callback is called first
+                pipeline.advance()
             run_validation(trainer)
         watched = DomainBatch.of(batch, len(self._domains))
         if "training" in self._watched:
@@ -250,7 +254,8 @@ class DomainReweighting(FinishingCallback):
     # Validation, whoever runs it.
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validation.reset()
+        if self._validation_wanted(trainer):
+            self._validation.reset()
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -1,5 +1,7 @@
 """How much of the model is gone, now and at the end, whichever part of the pipeline removes it."""
 
+from math import prod
+
 import lightning as L
 from torch import nn
 
@@ -15,11 +17,13 @@ def parameter_count(module: nn.Module) -> int:
 def sparsity_of(trainer: L.Trainer, parameters: int, parameters_at_start: int) -> tuple[float, float]:
     """The shares of the model's parameters that are removed now and that will be at the end, both in [0, 1).
 
-    A part that learns masks says both, in `sparsity` and `target_sparsity`. What is cut is gone: 1 - parameters now /
-    at the start. No other part says what it will come to before it has cut.
+    What is cut is gone: 1 - parameters now / at the start. A part that learns masks and whose cut is still to come says
+    both shares of what the cuts before leave, in `sparsity` and `target_sparsity`. No other part says what it will come
+    to before it has cut.
     """
     pipeline = Pipeline.of(trainer)
-    parts = [] if pipeline is None else pipeline.parts
-    cut = 1 - parameters / parameters_at_start if parameters_at_start else 0.0
-    now = max([cut, 0.0, *(float(getattr(part, "sparsity", 0.0)) for part in parts)])
-    return now, max([now, *(float(getattr(part, "target_sparsity", 0.0)) for part in parts)])
+    ahead = [] if pipeline is None else [part for part in pipeline.parts if not part.cycle.done]
+    left = min(parameters / parameters_at_start, 1.0) if parameters_at_start else 1.0
+    stays = prod(1 - getattr(part, "sparsity", 0.0) for part in ahead)
+    will_stay = prod(1 - getattr(part, "target_sparsity", 0.0) for part in ahead)
+    return 1 - left * stays, 1 - left * will_stay

@@ -52,10 +52,10 @@ def _descending(anatomy: Anatomy, source: Shape, structures: Collection[Structur
 def _ratios(source: Shape, structures: Collection[Structure], multiple_of: int) -> Iterator[float]:
     """All ratios at which some count changes, descending."""
     steps = {
-        (count - 0.5) / most
+        (count - 0.5) * multiple / source.count(structure)
         for structure in structures
-        for most in [source.count(structure) / _multiple(structure, multiple_of)]
-        for count in range(1, int(most) + 1)
+        for multiple in _multiples(source, structure, multiple_of)
+        for count in range(1, -(-source.count(structure) // multiple) + 1)
     }
     yield from sorted({ratio - 1e-9 for ratio in steps}, reverse=True)
 
@@ -99,8 +99,12 @@ def _within(shape: Shape, other: Shape) -> bool:
     return all(mine <= theirs for mine, theirs in zip(astuple(shape), astuple(other), strict=True))
 
 
-def _multiple(structure: Structure, multiple_of: int) -> int:
-    return multiple_of if structure in ("channels", "hidden") else 1
+def _multiples(source: Shape, structure: Structure, multiple_of: int) -> range:
+    """What counts may be multiples of: query heads of the key-value groups, which may become fewer on the way."""
+    if structure == "heads":
+        return range(1, source.kv_groups + 1)
+    multiple = multiple_of if structure in ("channels", "hidden") else 1
+    return range(multiple, multiple + 1)
 
 
 def _parameters_of(anatomy: Anatomy, shape: Shape) -> int:

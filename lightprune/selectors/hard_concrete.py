@@ -140,6 +140,8 @@ class HardConcreteSelector(Selector):
         for key in ("lr", "multiplier_lr"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"HardConcreteSelector.{key} is {getattr(self, key)}: it must be above 0.")
+        if self.seed < 0:
+            raise ConfigError(f"HardConcreteSelector.seed is {self.seed}: it must be at least 0.")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"HardConcreteSelector.warmup is {self.warmup}: it must be from 0 to 1.")
         if any(cycle.done for cycle in self.pipeline.cycles):

@@ -63,14 +63,13 @@ def run(tmp_path: Path, **options: Any) -> tuple[Counter, Kept]:
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=11,
-        log_every_n_steps=4,
         callbacks=[DomainCounts()],
         logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
-        **options,
+        **{"log_every_n_steps": 4, **options},
     )
     trainer.fit(module, datamodule=data)
     return module, logger
@@ -100,3 +99,8 @@ def test_a_domain_that_is_repeated_often_is_named_once(tmp_path: Path) -> None:
 
 def test_other_data_is_left_alone() -> None:
     fit(Plain(), [DomainCounts()], batches(2), max_steps=2)
+
+
+def test_a_trainer_that_logs_at_no_step(tmp_path: Path) -> None:
+    _, logger = run(tmp_path, log_every_n_steps=0)
+    assert list(logger.rows) == [11]  # the end alone

@@ -25,7 +25,7 @@ from tests.reweighting.runs import (
     text_data,
     write_texts,
 )
-from tests.training import Spy, assert_equal, weights
+from tests.training import Spy, assert_equal, trainer_for, weights
 
 NOTHING = dict.fromkeys(DOMAINS, 0.0)
 
@@ -271,6 +271,26 @@ def test_it_comes_and_goes_without_a_trace(folder: Path) -> None:
     trainer.validate(module, datamodule=text_data(folder), verbose=False)
     again = fit(folder, [reweighting_of(trainer)], 4, Stranger())  # the same callback in a new run
     assert metrics_of(again)[4]["domains/tokens/easy"] <= 4 * 4 * 9
+
+
+def test_validation_alone_needs_nothing_of_it(folder: Path) -> None:
+    trainer = trainer_for([DomainReweighting()], 1, default_root_dir=folder)
+    (metrics,) = trainer.validate(causal_lm(folder), datamodule=text_data(folder), verbose=False)
+    assert "val/loss/easy" in metrics
+
+
+def test_a_validation_that_a_resume_makes_up_for_sees_the_masks(folder: Path, tmp_path: Path) -> None:
+    """Whichever of the two callbacks comes first."""
+
+    def parts() -> list[Any]:
+        weighting = DomainReweighting(losses="validation", reference=NOTHING)
+        return [weighting, lp.HardConcreteSelector(stop=8, channels=8), lp.StructuredCut(at=8)]
+
+    often: dict[str, Any] = {"val_check_interval": 4, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    undisturbed = fit(folder, [*parts(), saves], 8, **often)
+    resumed = fit(folder, parts(), 8, ckpt_path=tmp_path / "step=4.ckpt", **often)
+    assert list(reweighting_of(resumed).history) == list(reweighting_of(undisturbed).history)
 
 
 RESUMES: dict[str, tuple[dict[str, Any], list[int]]] = {

@@ -42,6 +42,24 @@ def test_masks_and_cuts_are_told(tmp_path: Path, masks: bool) -> None:
     assert final == pytest.approx([*(5 * [0.15 if masks else 0.0]), cut, cut, cut])
 
 
+def test_masks_of_a_second_cut_count_in_what_the_first_one_left(tmp_path: Path) -> None:
+    module = Stranger(layers=4)
+    before = parameter_count(module)
+
+    def look(trainer: L.Trainer, seen: L.LightningModule) -> tuple[float, ...]:
+        return 1 - parameter_count(seen) / before, *sparsity_of(trainer, parameter_count(seen), before)
+
+    spy = Spy(look, "on_before_optimizer_step")
+    masks = [lp.HardConcreteSelector(stop=3, channels=24), lp.HardConcreteSelector(stop=8, start=5, channels=12)]
+    fit(write_texts(tmp_path), [spy, *masks, lp.StructuredCut(at=4), lp.StructuredCut(at=9)], 10, module)
+    cut, now, final = zip(*spy.seen, strict=True)
+    assert 0 < cut[4] < cut[9]
+    assert final == pytest.approx(10 * [cut[9]])
+    assert now[3] == pytest.approx(cut[4])  # decided
+    assert cut[4] < now[7] < cut[9]
+    assert now[8:] == pytest.approx(2 * [cut[9]])
+
+
 def test_without_pruning_it_is_nothing(tmp_path: Path) -> None:
     trainer = fit(write_texts(tmp_path), [], 1, Stranger())
     assert sparsity_of(trainer, 100, 100) == (0.0, 0.0)

@@ -5,7 +5,7 @@ import pytest
 from lightprune.anatomy import Anatomy, Shape, Structure, anatomy_of
 from lightprune.expressible import check_expressible
 from lightprune.plan import PruningPlan
-from lightprune.selectors.budget import shape_within, smallest
+from lightprune.selectors.budget import _shrunk, shape_within, smallest
 from lightprune.surgery import resulting_parameters
 from tests.families import FAMILIES, tiny_lm
 
@@ -55,6 +55,19 @@ def test_all_structures_shrink_in_proportion() -> None:
     ratios = [shape.count(s) / source.count(s) for s in ("layers", "channels", "hidden")]
     assert max(ratios) - min(ratios) < 1 / 12
     assert shape.heads == source.heads
+
+
+def test_no_shape_on_the_way_is_left_out() -> None:
+    """Nine heads over three groups, and channels that are no multiple: every budget gets the best of a dense sweep."""
+    sizes = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 100}
+    anatomy = anatomy_of(tiny_lm("llama_tied", num_layers=4, **sizes))
+    source, structures = anatomy.shape, {"layers", "heads", "kv_groups", "channels"}
+    swept = [_shrunk(source, ratio / 1000, structures, 16) for ratio in range(1, 1000)]
+    for target in swept[::10]:
+        budget = parameters(anatomy, target)
+        shape = shape_within(anatomy, source, budget, structures, 16)
+        assert shape is not None
+        assert parameters(anatomy, shape) == budget
 
 
 def test_no_shape_fits() -> None:

@@ -299,6 +299,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "lr": ({"hidden": 24, "lr": 0.0}, "lr is 0.0"),
     "multipliers": ({"hidden": 24, "multiplier_lr": -1.0}, "multiplier_lr is -1.0"),
     "warm-up": ({"hidden": 24, "warmup": 1.5}, "warmup is 1.5"),
+    "seed": ({"hidden": 24, "seed": -1}, "seed is -1"),
     "window": ({"hidden": 24, "stop": 0}, "opens at step 0"),
     "both": ({"hidden": 24, "parameters": 0.5}, "leave out either"),
     "structures alone": ({"hidden": 24, "structures": ["hidden"]}, "without `parameters`"),

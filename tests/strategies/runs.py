@@ -35,7 +35,12 @@ def widths() -> lp.ActivationUnitSelector:
     return lp.ActivationUnitSelector(channels=32, kv_groups=1, hidden=24, multiple_of=1, stop=SELECT)
 
 
+def masks() -> lp.HardConcreteSelector:
+    return lp.HardConcreteSelector(stop=SELECT, channels=32, kv_groups=1, hidden=24)
+
+
 METHODS: dict[str, Callable[[], list[Callback]]] = {
+    "masks": lambda: [masks()],
     "trsp": lambda: [gates(), lp.DifferencePenalty(strength=0.1, ramp="linear")],
     "dress": lambda: [widths(), lp.GroupNormPenalty(strength=10.0)],
     "annealed": lambda: [gates(), widths(), lp.GateAnnealing()],
@@ -77,10 +82,10 @@ class Case:
 
 CASES: dict[str, Case] = {
     f"{method}, accumulating {accumulate}": Case(method, accumulate)
-    for method in ("trsp", "dress", "annealed")
+    for method in ("trsp", "dress", "annealed", "masks")
     for accumulate in (1, 2)
 }
-CASES |= {method: Case(method) for method in METHODS if method not in ("trsp", "dress", "annealed")}
+CASES |= {method: Case(method) for method in METHODS if f"{method}, accumulating 1" not in CASES}
 # In the held window, before, at and after the cut.
 CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
 CASES["resumed, lora"] = Case("lora", steps=(CUT + 1,))
