@@ -154,7 +154,7 @@ def test_workers_without_sigwaitinfo_can_still_be_ended(monkeypatch: pytest.Monk
     (worker,) = loader._workers  # type: ignore[attr-defined]
     worker.terminate()
     worker.join(timeout=60)
-    assert worker.exitcode == -signal.SIGTERM
+    assert worker.exitcode == 0
 
 
 def free_port() -> int:
