@@ -195,7 +195,7 @@ def scaled(activation: Tensor, scale: Tensor) -> Tensor:
     """`activation` [..., n] times `scale`, [n] or []; where this is 0, its gradient is taken to be 0.
 
     So it is for hard-concrete values, which are clipped there. In return the product alone is kept for the backward
-    pass, which the projection that reads it keeps anyway.
+    pass: where a projection reads it, that keeps it anyway.
     """
     if scale.requires_grad and torch.is_grad_enabled():
         return cast(Tensor, _Scaled.apply(activation, scale))  # type: ignore[no-untyped-call]

@@ -40,7 +40,8 @@ class DomainReweighting(FinishingCallback):
 
     It goes beside any selector, regularizer and cut, in pruning, in recovery, or without either, and with any module
     whose batches carry `labels` [B, T] and `domain` [B], an index into the `domain_names` of the data module. That one
-    must have `weights`, which are the initial ratio p, and `set_weights`. A domain of weight 0 stays out.
+    must have `weights`, which are the initial ratio p, and `set_weights`, and bring its weights back in a resume. A
+    domain of weight 0 stays out.
 
     At each update the excess of a domain is its loss minus its reference, in nats per token, and the weights q are
 
@@ -50,7 +51,7 @@ class DomainReweighting(FinishingCallback):
     * "constant": as they were; everything is logged all the same.
 
     They reach the model within the number of batches that the data module states. Every update logs
-    `domains/{loss,excess,reference,weight,ratio,tokens}/<domain>`, tokens being those trained since the run began. At
+    `domains/{loss,excess,reference,weight,ratio,tokens}/<domain>`, tokens being those trained since this began. At
     the end it draws `domains.png` in the trainer's `default_root_dir`.
 
     Args:
@@ -108,6 +109,7 @@ class DomainReweighting(FinishingCallback):
         self._parameters_at_start = 0
         self._end = math.inf
         self._step = 0
+        self._begun = 0  # the step at which this began to count tokens
 
     # Before the first step.
 
@@ -128,8 +130,6 @@ class DomainReweighting(FinishingCallback):
             floor=self.floor,
             dynamic_ratio=self.dynamic_ratio,
         )
-        if self.dynamic_ratio:
-            warn_of_equal_shares(self._mixer.initial)
         self._reference = self._new_reference()
         device = trainer.strategy.root_device
         self._training = TrainingLosses(
@@ -147,7 +147,7 @@ class DomainReweighting(FinishingCallback):
             self.history = History(HISTORY)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step = self._begun = trainer.global_step
         self._end = min(self.stop or math.inf, trainer.estimated_stepping_batches)
         check_length(self, self._end)
         if self._loaded:
@@ -158,6 +158,8 @@ class DomainReweighting(FinishingCallback):
                 f"DomainReweighting.reference='source' is measured before the first step, and this run goes on from "
                 f"step {self._step} of one without DomainReweighting: give the references as a mapping, or 'dynamic'."
             )
+        if self.dynamic_ratio:
+            warn_of_equal_shares(self._mixer.initial)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the source model, unless a validation before the first step has done so."""
@@ -237,7 +239,7 @@ class DomainReweighting(FinishingCallback):
             losses=losses,
             tokens=tokens,
             sparsity=sparsity,
-            final_tokens=tokens * (self._end / self._step) if known else tokens,
+            final_tokens=tokens * (self._end - self._begun) / (self._step - self._begun) if known else tokens,
             final_sparsity=final_sparsity,
         )
 
@@ -313,6 +315,7 @@ class DomainReweighting(FinishingCallback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._close()
+        self._loaded = {}  # a resume that found training over has not used it
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values of bounded size, the same on every rank."""
@@ -326,6 +329,7 @@ class DomainReweighting(FinishingCallback):
             "validated": None if self._validated is None else self._validated.tolist(),
             "validation_due": self._validation_due,
             "parameters_at_start": self._parameters_at_start,
+            "begun": self._begun,
             "history": self.history.state_dict(),
         }
 
@@ -352,6 +356,7 @@ class DomainReweighting(FinishingCallback):
         self._validated = None if state["validated"] is None else np.array(state["validated"])
         self._validation_due = state["validation_due"]
         self._parameters_at_start = state["parameters_at_start"]
+        self._begun = state["begun"]
 
     @property
     def _reference_kind(self) -> str:

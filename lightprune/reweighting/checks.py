@@ -134,11 +134,12 @@ def check_length(settings: Settings, end: float) -> None:
         )
     steps = end - settings.start
     if dynamic and settings.losses == "training" and steps * (1 - POINTS_FROM) // settings.every < MIN_POINTS + 1:
-        most = max(int(steps * (1 - POINTS_FROM)) // (MIN_POINTS + 1), 1)
+        most = int(steps * (1 - POINTS_FROM)) // (MIN_POINTS + 1)
+        better = max(int(steps * (FITS_FROM - POINTS_FROM)) // MIN_POINTS, 1)
+        instead = f"set every to at most {most}, better {better}, or " if most else ""
         raise ConfigError(
             f"DomainReweighting.reference='dynamic' fits its first curve to {MIN_POINTS} updates, and {steps:.0f} "
-            f"steps have too few with every={settings.every}: set every to at most {most}, better "
-            f"{max(int(steps * (FITS_FROM - POINTS_FROM)) // MIN_POINTS, 1)}, or give the references as a mapping."
+            f"steps have too few with every={settings.every}: {instead}give the references as a mapping."
         )
 
 
