@@ -70,13 +70,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 @pytest.fixture(scope="session")
-def alone() -> Any:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """How cases end in one process, each run once."""
     ends: dict[str, dict[str, Any]] = {}
 
     def end_of(case: str) -> dict[str, Any]:
         if case not in ends:
-            ends[case] = run(CASES[case], "auto")
+            ends[case] = run(CASES[case], "auto", tmp_path_factory.mktemp("alone"))
         return ends[case]
 
     return end_of

@@ -79,6 +79,11 @@ class Case:
     kill: int | None = None
     export: bool = False
 
+    @property
+    def saves(self) -> bool:
+        """Whether every step is saved."""
+        return bool(self.steps) or self.kill is not None
+
 
 CASES: dict[str, Case] = {
     f"{method}, accumulating {accumulate}": Case(method, accumulate)
@@ -205,16 +210,14 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(
-    case: Case, strategy: Any, *, rank: int = 0, world: int = 1, folder: Path | None = None, resume: str | None = None
-) -> Any:
-    """Train, saving every step to `folder`, from its checkpoint `resume`; return what the run ended with."""
+def run(case: Case, strategy: Any, folder: Path, *, rank: int = 0, world: int = 1, resume: str | None = None) -> Any:
+    """Train, from the checkpoint `resume` in `folder`, where what is written goes; return what the run ended with."""
     module = Plain(small_lm(), optimizer=adamw, scheduler=cosine)
     record = Record(case.accumulate)
     parts = [record, *METHODS[case.method](), lp.StructuredCut(at=CUT)]  # it looks before adapters are merged
     if case.kill is not None and resume is None and rank == 1:
         parts.append(Kill(case.kill))
-    if folder is not None:
+    if case.saves:
         name = "{step}" if resume is None else "resumed-{step}"
         saver = ModelCheckpoint(folder, filename=name, every_n_train_steps=1, save_top_k=-1, save_last=True)
         parts.append(saver)
@@ -227,12 +230,13 @@ def run(
         strategy=strategy,
         accumulate_grad_batches=case.accumulate,
         use_distributed_sampler=False,
-        enable_checkpointing=folder is not None,
+        enable_checkpointing=case.saves,
+        default_root_dir=folder,
         gradient_clip_val=0.5,
         **({} if case.precision is None else {"precision": case.precision}),
     )
     validation = Batches([{k: v.chunk(world)[rank] for k, v in batches(1, batch=2 * WORLD, seed=999)[0].items()}])
-    path = None if folder is None or resume is None else folder / f"{resume}.ckpt"
+    path = None if resume is None else folder / f"{resume}.ckpt"
     trainer.fit(module, Shard(case.accumulate, rank, world), validation, ckpt_path=path, weights_only=True)
     return record.end
 
@@ -255,13 +259,14 @@ def ends_of(case: Case, strategy: str, rank: int, folder: Path) -> dict[str, Any
     """What a case ends with, and each of the runs that go on from one of its checkpoints."""
     if case.kill is not None:
         resume = "last" if (folder / "last.ckpt").exists() else None
-        return run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder, resume=resume)
+        return run(case, strategy_of(strategy), folder, rank=rank, world=WORLD, resume=resume)
+    undisturbed = run(case, strategy_of(strategy), folder, rank=rank, world=WORLD)
     if not case.steps:
-        return run(case, strategy_of(strategy), rank=rank, world=WORLD)
-    ends = {"undisturbed": run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder)}
+        return undisturbed
+    ends = {"undisturbed": undisturbed}
     for step in case.steps:
         resume = f"step={step}"
-        ends[resume] = run(case, strategy_of(strategy), rank=rank, world=WORLD, folder=folder, resume=resume)
+        ends[resume] = run(case, strategy_of(strategy), folder, rank=rank, world=WORLD, resume=resume)
     return ends
 
 
