@@ -135,8 +135,9 @@ def table(results: Results) -> Iterator[str]:
 
 
 def spread(values: list[float]) -> str:
-    """The median, and half the distance between the extremes."""
-    return f"{statistics.median(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"
+    """The median, and half the distance between the extremes, if there are several."""
+    around = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{statistics.median(values):.3f}{around}"
 
 
 def main() -> None:
