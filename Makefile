@@ -19,7 +19,7 @@ endif
 GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1
 
 # At most 4 workers: each one imports torch and holds its own copy of the tiny models.
-PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 4 --dist loadgroup
+PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 4
 
 .PHONY: help quickstart test lint overhead clean
 .DEFAULT_GOAL := help
@@ -34,9 +34,14 @@ help:
 quickstart: $(VENV)/quickstart.stamp
 	GLIBC_TUNABLES=$(GLIBC_TUNABLES) $(BIN)/lightprune fit --config configs/quickstart.yaml
 
-# Test processes share the cores among themselves, so each keeps to one thread.
+# Test processes share the cores among themselves, so each keeps to one thread. What starts processes of its own and waits
+# for them has the machine to itself.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+MANY_PROCESSES := tests/launch tests/strategies
+
 test: lint $(VENV)/deepspeed.stamp
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_WORKERS)
+	$(PYTEST) $(PYTEST_WORKERS) $(addprefix --ignore=,$(MANY_PROCESSES))
+	$(PYTEST) $(MANY_PROCESSES)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

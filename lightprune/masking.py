@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, d hidden dimensions, H query heads of D dimensions, I MLP channels, L layers.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightprune.anatomy import Anatomy
-from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Run, length
+from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Run
 from lightprune.anatomy.base import Site
 from lightprune.gates import Bypass, Handle, change_input, change_output
-from lightprune.norms import norm_over
 from lightprune.plan import PruningPlan
 from lightprune.surgery import kept_rows
 
@@ -64,9 +64,7 @@ class UnitMasks:
             (rows_kept,) = kept_rows(site.axes, self._plan, layer)
             if rows_kept is not None:
                 alpha = self.alpha_hidden if site.axes[0] == HIDDEN else self.alpha[layer or 0]
-                kept = torch.zeros(length(site.axes[0] or (), self._plan.source))
-                kept[rows_kept] = 1
-                self._handles.append(_blend_norm(site.module, kept.to(alpha.device), alpha))
+                self._handles.append(_blend_norm(site.module, rows_kept.to(alpha.device), alpha))
 
     def _scaled(self, run: Run, layer: int, alpha: Tensor) -> Callable[[Tensor], Tensor]:
         """Multiplies the rows [..., n] of the units that go by alpha, as it is by then, and the others by 1."""
@@ -91,12 +89,23 @@ def masked(anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
             bypass.remove()
 
 
-def _blend_norm(norm: nn.Module, kept: Tensor, alpha: Tensor) -> RemovableHandle:
-    """Let a norm give alpha * (its own output) + (1 - alpha) * (its output on the `kept` dimensions, 0 elsewhere)."""
+def _blend_norm(norm: nn.Module, rows: Tensor, alpha: Tensor) -> RemovableHandle:
+    """Let a norm give alpha * (its own output) + (1 - alpha) * (its output on the kept `rows` alone, 0 elsewhere)."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        narrowed = norm_over(norm, inputs[0], kept).to(output.dtype)
-        return torch.lerp(narrowed, output, alpha.to(output.dtype))
+        gathered = _narrowed(norm, rows).forward(inputs[0].index_select(-1, rows))
+        scattered = torch.zeros_like(output).index_copy(-1, rows, gathered.to(output.dtype))
+        return torch.lerp(scattered, output, alpha.to(output.dtype))
 
     # In front of the hooks of ZeRO-3, which leave nothing of the norm's weights behind.
     return norm.register_forward_hook(hook, prepend=True)
+
+
+def _narrowed(norm: nn.Module, rows: Tensor) -> nn.Module:
+    """The same norm over fewer dimensions; gradients reach the parameters of the whole one."""
+    small = copy.copy(norm)
+    parameters = {name: p if p is None else p.index_select(0, rows) for name, p in norm._parameters.items()}
+    small.__dict__["_parameters"] = parameters
+    if isinstance(norm, nn.LayerNorm):
+        small.__dict__["normalized_shape"] = (len(rows),)
+    return small

@@ -221,12 +221,6 @@ CASES: dict[str, tuple[Callable[[], NoStep], Callable[[], list[Callback]], dict[
         {"max_steps": 10, "max_epochs": 1},
         r"after 5 optimizer steps \(1 epochs\), before the cut at 8",
     ),
-    "strategy": (
-        NoStep,
-        lambda: [RandomSelector(drop=1)],
-        {"strategy": "ddp_spawn", "devices": 2},
-        r"cannot prune under DDPStrategy.*strategy=auto",
-    ),
 }  # fmt: skip
 
 
@@ -246,14 +240,8 @@ def test_refused_before_the_first_step(name: str) -> None:
     trainer = trainer_for(callbacks, **({"max_steps": 10} | kwargs))
     before, shape = weights(module), [attached(child) for child in module.modules()]
     strategy = set(vars(trainer.strategy))
-    if "strategy" in kwargs:
-        # No processes for this one: `setup` is what refuses.
-        trainer.strategy.connect(module)
-        with pytest.raises(ConfigError, match=message) as error:
-            callbacks[0].setup(trainer, module, "fit")
-    else:
-        with pytest.raises(ConfigError, match=message) as error:
-            trainer.fit(module, batches(5), batches(1))
+    with pytest.raises(ConfigError, match=message) as error:
+        trainer.fit(module, batches(5), batches(1))
     # One sentence.
     text = str(error.value)
     assert "\n" not in text

@@ -20,8 +20,6 @@ from tests.test_resume import differences
 ROOT = Path(__file__).parents[2]
 SELECT, CUT, STEPS = 2, 4, 6
 
-pytestmark = pytest.mark.xdist_group("slurm")
-
 PRUNING: list[Any] = [
     {"class_path": "lightprune.BlockInfluenceSelector", "init_args": {"drop": 2, "stop": SELECT}},
     {"class_path": "lightprune.GateAnnealing"},
@@ -171,6 +169,7 @@ def test_a_rank_that_dies_ends_the_job(jobs: Jobs) -> None:
 def test_a_mistake_fails_the_job_with_its_sentence(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:  # noqa: F811
     job = submit(cluster, tmp_path, inputs, LAYOUTS["two nodes"], [], "--data.init_args.batch_size=100000")
     assert job.end() == "FAILED", job.log()
-    assert (job.restarts, job.cluster.job(job.id)["ExitCode"]) == (0, "2:0")
-    last = (tmp_path / f"slurm-{job.id}.out").read_text().strip().splitlines()[-1]
-    assert "too few for one batch of 100000" in last
+    assert job.restarts == 0
+    # 143 where the rank that saw it first has ended the other one.
+    assert job.cluster.job(job.id)["ExitCode"] in ("2:0", "143:0")
+    assert "too few for one batch of 100000" in (tmp_path / f"slurm-{job.id}.out").read_text()

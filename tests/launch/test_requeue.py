@@ -7,8 +7,6 @@ import pytest
 from tests.launch.cluster import Cluster
 from tests.launch.job import SCRIPT, Job
 
-pytestmark = pytest.mark.xdist_group("slurm")
-
 PROGRAMS = {
     "hears nothing": "trap '' USR1",
     "crashes": "trap 'exit 1' USR1",

@@ -14,8 +14,6 @@ from tests.strategies.conftest import Pair
 from tests.strategies.runs import CASES, CUT, METHODS, MOMENTS, STEPS, STRATEGIES, small_lm
 from tests.training import Plain
 
-pytestmark = pytest.mark.xdist_group("two processes")
-
 ZERO = [strategy for strategy in STRATEGIES if strategy != "ddp"]
 
 

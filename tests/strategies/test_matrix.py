@@ -9,8 +9,6 @@ from torch import Tensor
 from tests.strategies.conftest import Pair
 from tests.strategies.runs import CASES, MOMENTS, RUNS, STEPS, STRATEGIES
 
-pytestmark = pytest.mark.xdist_group("two processes")
-
 TOLERANCE = 1e-5
 IN_FLOAT32 = [name for name, case in CASES.items() if not case.steps and case.precision is None]
 
