@@ -15,6 +15,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -157,6 +158,7 @@ def fit(module: L.LightningModule, callbacks: list[Callback], steps: int) -> Non
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
+        default_root_dir=tempfile.gettempdir(),
     )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, VOCABULARY, (steps * BATCH, BLOCK), generator=generator)
