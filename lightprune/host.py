@@ -1,5 +1,7 @@
 """What lightprune asks of the trainer and the module that it is a guest of."""
 
+from collections.abc import Mapping
+
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -39,6 +41,12 @@ def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
             + ": it must hold exactly one, or name the one to prune by its path in the attribute `pruned_model`."
         )
     return next(iter(found.items()))
+
+
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
+    """Write metrics to the trainer's loggers at the current optimizer step."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
 
 
 def run_validation(trainer: L.Trainer) -> dict[str, float]:

@@ -93,7 +93,8 @@ def _blend_norm(norm: nn.Module, rows: Tensor, alpha: Tensor) -> RemovableHandle
     """Let a norm give alpha * (its own output) + (1 - alpha) * (its output on the kept `rows` alone, 0 elsewhere)."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        gathered = _narrowed(norm, rows).forward(inputs[0].index_select(-1, rows))
+        # The class's own forward: the instance's may be another part's, for all of its dimensions.
+        gathered = type(norm).forward(_narrowed(norm, rows), inputs[0].index_select(-1, rows))
         scattered = torch.zeros_like(output).index_copy(-1, rows, gathered.to(output.dtype))
         return torch.lerp(scattered, output, alpha.to(output.dtype))
 

@@ -25,6 +25,11 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(cast(Any, parameter).ds_shape) if is_partitioned(parameter) else parameter.shape
 
 
+def parameter_count(module: nn.Module) -> int:
+    """How many parameters a module has now; tied ones count once."""
+    return sum(whole_shape(parameter).numel() for parameter in module.parameters())
+
+
 @torch.no_grad()
 def whole(parameter: Tensor) -> Tensor:
     """The whole of a parameter, without gradient; it itself if it is whole. Every rank must ask for it."""

@@ -27,7 +27,7 @@ from lightprune import run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
 from lightprune.expressible import check_expressible
-from lightprune.host import callbacks_of, find_causal_lm
+from lightprune.host import callbacks_of, find_causal_lm, log_metrics
 from lightprune.partitioned import whole_construction
 from lightprune.plan import PruningPlan
 
@@ -257,8 +257,7 @@ class Pipeline:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Write metrics to the trainer's loggers at the current step."""
-        for logger in self.trainer.loggers:
-            logger.log_metrics(dict(metrics), step=self.step)
+        log_metrics(self.trainer, metrics)
 
     # Holding weights still.
 

@@ -23,7 +23,7 @@ from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback, finish_parts
 from lightprune.host import find_causal_lm, run_validation
 from lightprune.observe import attention_mask_of
-from lightprune.partitioned import whole_shape
+from lightprune.partitioned import parameter_count
 from lightprune.pipeline import Pipeline
 
 Metrics = dict[str, float]
@@ -259,7 +259,7 @@ def _size(trainer: pl.Trainer, model: nn.Module) -> dict[str, int]:
     """The counts that make up the model, where the anatomy is known, and its parameters."""
     pipeline = Pipeline.of(trainer)
     counts = {} if pipeline is None else asdict(pipeline.anatomy.shape)
-    return {**counts, "parameters": sum(whole_shape(parameter).numel() for parameter in model.parameters())}
+    return {**counts, "parameters": parameter_count(model)}
 
 
 def _validate(trainer: pl.Trainer) -> Metrics:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy.axes import HIDDEN, Axis, Shape, Structure
-from lightprune.partitioned import whole_shape
+from lightprune.partitioned import parameter_count, whole_shape
 
 if TYPE_CHECKING:
     from lightprune.plan import PruningPlan
@@ -220,11 +220,11 @@ class Anatomy:
     @property
     def num_parameters(self) -> int:
         """How many parameters the model has now; tied ones count once."""
-        return sum(whole_shape(parameter).numel() for parameter in self.lm.parameters())
+        return parameter_count(self.lm)
 
     def parameters_of_layer(self, index: int) -> int:
         """How many parameters layer `index` holds."""
-        return sum(whole_shape(parameter).numel() for parameter in self.layers[index].parameters())
+        return parameter_count(self.layers[index])
 
     def sites(self) -> Iterator["Site"]:
         """Every module that has something to prune, layers in order, then the stem."""

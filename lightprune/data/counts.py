@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightprune.data.module import TextDataModule
+from lightprune.host import log_metrics
 
 MANY_EPOCHS = 4
 """So often data may be repeated at almost no loss against new data (Muennighoff et al., 2305.16264)."""
@@ -42,8 +43,7 @@ class DomainCounts(Callback):
         epochs = data.epochs_seen
         metrics = {f"data/tokens/{name}": float(tokens) for name, tokens in data.tokens_seen.items()}
         metrics |= {f"data/epochs/{name}": value for name, value in epochs.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        log_metrics(trainer, metrics)
         often = {name for name, value in epochs.items() if value > MANY_EPOCHS} - self._warned
         self._warned |= often
         for name in sorted(often):

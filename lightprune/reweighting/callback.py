@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback
-from lightprune.host import find_causal_lm, run_validation
+from lightprune.host import find_causal_lm, log_metrics, run_validation
 from lightprune.metrics import DomainLoss
+from lightprune.partitioned import parameter_count
 from lightprune.pipeline import Pipeline
 from lightprune.plots import domain_figure
 from lightprune.reweighting.checks import (
@@ -29,7 +30,7 @@ from lightprune.reweighting.losses import DomainBatch, SampleLosses, TrainingLos
 from lightprune.reweighting.mixer import Mixer, Rule
 from lightprune.reweighting.references import DynamicReference, FixedReference, Observation, Reference
 from lightprune.reweighting.robust import Array
-from lightprune.reweighting.sparsity import parameter_count, sparsity_of
+from lightprune.reweighting.sparsity import sparsity_of
 
 HISTORY = 512
 """So many updates at most are kept for the plot, spread evenly over the run."""
@@ -250,8 +251,7 @@ class DomainReweighting(FinishingCallback):
             for domain, value in zip(self._domains, of_domains, strict=True)
             if np.isfinite(value)
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        log_metrics(trainer, metrics)
 
     # Validation, whoever runs it.
 

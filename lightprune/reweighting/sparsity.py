@@ -3,15 +3,8 @@
 from math import prod
 
 import lightning as L
-from torch import nn
 
-from lightprune.partitioned import whole_shape
 from lightprune.pipeline import Pipeline
-
-
-def parameter_count(module: nn.Module) -> int:
-    """The parameters of a module as it is now."""
-    return sum(whole_shape(parameter).numel() for parameter in module.parameters())
 
 
 def sparsity_of(trainer: L.Trainer, parameters: int, parameters_at_start: int) -> tuple[float, float]:
