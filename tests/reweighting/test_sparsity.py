@@ -4,8 +4,9 @@ import lightning as L
 import pytest
 
 import lightprune as lp
+from lightprune.partitioned import parameter_count
 from lightprune.pipeline import Part, Stage
-from lightprune.reweighting.sparsity import parameter_count, sparsity_of
+from lightprune.reweighting.sparsity import sparsity_of
 from tests.reweighting.runs import Stranger, fit, write_texts
 from tests.training import Spy
 
