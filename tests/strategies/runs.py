@@ -1,10 +1,9 @@
 """Runs that one process and two make alike, and what they end with. `python -m tests.strategies.runs` is one of two."""
 
 import os
-import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,6 @@ class Case:
         accumulate: batches for an optimizer step.
         precision: the trainer's.
         steps: checkpoints to go on from, in new runs; all steps are saved where there are any.
-        kill: the optimizer step after which rank 1 kills itself, unless there is a checkpoint to go on from.
         export: write the model when training ends.
     """
 
@@ -76,13 +74,7 @@ class Case:
     accumulate: int = 1
     precision: str | None = None
     steps: tuple[int, ...] = ()
-    kill: int | None = None
     export: bool = False
-
-    @property
-    def saves(self) -> bool:
-        """Whether every step is saved."""
-        return bool(self.steps) or self.kill is not None
 
 
 CASES: dict[str, Case] = {
@@ -94,12 +86,11 @@ CASES |= {method: Case(method) for method in METHODS if f"{method}, accumulating
 # In the held window, before, at and after the cut.
 CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
 CASES["resumed, lora"] = Case("lora", steps=(CUT + 1,))
-KILLED = {"killed at the cut": Case("annealed", kill=CUT)}
 CASES["bf16"] = Case("annealed", precision="bf16-mixed")
 
 
 # What is run under what; bf16 under DDP has nothing to be compared with.
-RUNS = [(s, name) for s in STRATEGIES for name in CASES | KILLED if (s, name) != ("ddp", "bf16")]
+RUNS = [(s, name) for s in STRATEGIES for name in CASES if (s, name) != ("ddp", "bf16")]
 RUNS += [(s, "annealed, accumulating 2") for s in OFFLOADED]
 
 
@@ -199,30 +190,26 @@ class Shard:
         self.consumed = state["consumed"]
 
 
-class Kill(Callback):
-    """kill -9 as the batch begins that follows so many optimizer steps."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def run(case: Case, strategy: Any, folder: Path, *, rank: int = 0, world: int = 1, resume: str | None = None) -> Any:
+def run(
+    case: Case,
+    strategy: Any,
+    folder: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    resume: str | None = None,
+    more: Sequence[Callback] = (),
+) -> dict[str, Any]:
     """Train, from the checkpoint `resume` in `folder`, where what is written goes; return what the run ended with."""
     module = Plain(small_lm(), optimizer=adamw, scheduler=cosine)
     record = Record(case.accumulate)
-    parts = [record, *METHODS[case.method](), lp.StructuredCut(at=CUT)]  # it looks before adapters are merged
-    if case.kill is not None and resume is None and rank == 1:
-        parts.append(Kill(case.kill))
-    if case.saves:
+    # The record is first: it looks before adapters are merged.
+    parts = [record, *METHODS[case.method](), lp.StructuredCut(at=CUT), *more]
+    if case.steps:
         name = "{step}" if resume is None else "resumed-{step}"
-        saver = ModelCheckpoint(folder, filename=name, every_n_train_steps=1, save_top_k=-1, save_last=True)
-        parts.append(saver)
-        if case.export and resume is None:
-            parts.append(lp.ExportHF(str(folder / "export")))
+        parts.append(ModelCheckpoint(folder, filename=name, every_n_train_steps=1, save_top_k=-1))
+    if case.export and resume is None:
+        parts.append(lp.ExportHF(str(folder / "export")))
     trainer = trainer_for(
         parts,
         STEPS,
@@ -230,13 +217,13 @@ def run(case: Case, strategy: Any, folder: Path, *, rank: int = 0, world: int = 
         strategy=strategy,
         accumulate_grad_batches=case.accumulate,
         use_distributed_sampler=False,
-        enable_checkpointing=case.saves,
+        enable_checkpointing=any(isinstance(part, ModelCheckpoint) for part in parts),
         default_root_dir=folder,
         gradient_clip_val=0.5,
         **({} if case.precision is None else {"precision": case.precision}),
     )
     validation = Batches([{k: v.chunk(world)[rank] for k, v in batches(1, batch=2 * WORLD, seed=999)[0].items()}])
-    path = None if resume is None else folder / f"{resume}.ckpt"
+    path = folder / f"{resume}.ckpt" if resume not in (None, "last") else resume
     trainer.fit(module, Shard(case.accumulate, rank, world), validation, ckpt_path=path, weights_only=True)
     return record.end
 
@@ -257,9 +244,6 @@ def strategy_of(name: str) -> Any:
 
 def ends_of(case: Case, strategy: str, rank: int, folder: Path) -> dict[str, Any]:
     """What a case ends with, and each of the runs that go on from one of its checkpoints."""
-    if case.kill is not None:
-        resume = "last" if (folder / "last.ckpt").exists() else None
-        return run(case, strategy_of(strategy), folder, rank=rank, world=WORLD, resume=resume)
     undisturbed = run(case, strategy_of(strategy), folder, rank=rank, world=WORLD)
     if not case.steps:
         return undisturbed
@@ -278,7 +262,7 @@ def main(folder: Path, rank: int, strategies: list[str], names: list[str]) -> No
             if (strategy, name) not in RUNS:
                 continue
             try:
-                ends = ends_of((CASES | KILLED)[name], strategy, rank, folder / strategy / name)
+                ends = ends_of(CASES[name], strategy, rank, folder / strategy / name)
             except Exception:
                 ends = {"error": traceback.format_exc()}
             path = folder / f"{strategy}, {name}, {rank}.pt"

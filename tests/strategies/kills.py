@@ -1,0 +1,121 @@
+"""Ranks that are killed with -9 in the middle of a run, and the run that goes on from what they leave."""
+
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+import lightprune as lp
+from tests.strategies.runs import CUT, STEPS, WORLD, Case, run, strategy_of
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed  # noqa: E402, F401  # seconds, which fresh processes save
+
+CASE = Case("annealed")
+GRACE = 30.0  # seconds in which a survivor finds out that it is alone; then it is killed, as `srun` does at once
+
+# Where a rank may die: at a call of a hook, counted from the start of the process, or after a while, wherever it is.
+# The two validations are those of the cut, one just before it and one just after.
+HOOKS = {
+    "on_train_batch_start": range(CUT - 1, STEPS + 1),
+    "on_before_optimizer_step": range(1, 4),
+    "on_validation_start": range(1, 3),
+    "on_validation_end": range(1, 3),
+    "on_save_checkpoint": range(CUT - 1, STEPS),
+}
+SECONDS = 1.5  # about as long as a run takes from its first step to its last
+
+# A server that has imported everything once hands out the fresh processes.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+
+@dataclass(frozen=True)
+class Death:
+    """Who dies, and when.
+
+    Attributes:
+        ranks: who does.
+        hook: the callback hook in which they die; None is after `when` seconds of training.
+        when: at which call of the hook.
+    """
+
+    ranks: tuple[int, ...]
+    hook: str | None
+    when: float
+
+    @classmethod
+    def drawn(cls, seed: str) -> "Death":
+        """A death at random."""
+        draw = random.Random(seed)
+        ranks = draw.choice([(0,), (1,), (0, 1)])
+        hook = draw.choice([*HOOKS, None])
+        return cls(ranks, hook, draw.uniform(0, SECONDS) if hook is None else draw.choice(HOOKS[hook]))
+
+
+class Die(Callback):
+    """kill -9 of this process when its time has come."""
+
+    def __init__(self, death: Death) -> None:
+        self.death = death
+        self.calls = 0
+        if death.hook is not None:
+            setattr(self, death.hook, self.count)
+
+    def count(self, *args: Any) -> None:
+        self.calls += 1
+        if self.calls == self.death.when:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.death.hook is None:
+            timer = threading.Timer(self.death.when, self.strike, [trainer])
+            timer.daemon = True
+            timer.start()
+
+    def strike(self, trainer: L.Trainer) -> None:
+        if trainer.global_step < STEPS:  # after the last one there is nothing left to go on with
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def live(strategy: str, folder: Path, rank: int, port: int, death: Death | None) -> None:
+    """One rank of a run that goes on from what there is in `folder`, and writes down there how it ends."""
+    log = os.open(folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    more: list[Callback] = [
+        ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=0, save_last=True),
+        lp.PreemptionCheckpoint(),
+    ]
+    if death is not None and rank in death.ranks:
+        more.append(Die(death))
+    end = run(CASE, strategy_of(strategy), folder, rank=rank, world=WORLD, resume="last", more=more)
+    torch.save(end, folder / f"end{rank}.pt")
+
+
+def start(strategy: str, folder: Path, death: Death | None = None) -> list[int | None]:
+    """Run all ranks; the status that each ends with."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [PROCESSES.Process(target=live, args=(strategy, folder, rank, port, death)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    # In the order in which they must end: who is killed, then who finds out.
+    order = sorted(range(WORLD), key=lambda rank: death is None or rank not in death.ranks)
+    for rank in order:
+        processes[rank].join(GRACE if death is not None and rank not in death.ranks else None)
+        processes[rank].kill()
+        processes[rank].join()
+    return [process.exitcode for process in processes]
