@@ -38,7 +38,7 @@ BLOCK = 256
 BATCH = 4
 TOKENS = 131_072
 HELD_OUT_BLOCKS = 48
-RATES = (2e-4, 4e-4, 8e-4)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 SEEDS = (0, 1)
 RESULTS = Path(__file__).parent / "results"
 

@@ -10,9 +10,18 @@ import yaml
 from lightprune import DomainReweighting
 from lightprune.cli import LightpruneCLI
 from lightprune.pipeline import Part
+from lightprune.strategies import ExactDeepSpeedStrategy
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# What each kind of them is about.
+SECTIONS = {
+    "methods": "trainer",
+    "models": "model",
+    "data": "data",
+    "reweighting": "trainer",
+    "strategies": "trainer",
+}
 # What the others are composed with.
 USUAL = {"methods": "trsp", "models": "smollm2-135m", "data": "builtin"}
 
@@ -73,6 +82,14 @@ def test_reweighting_goes_with_any_method(method: str) -> None:
     assert len(together) == len(alone) + 1
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_strategies_go_with_any_method(stage: int) -> None:
+    of_strategy = ROOT / f"configs/strategies/zero{stage}.yaml"
+    strategy = build(*composition(ROOT / "configs/methods/drpruning.yaml"), of_strategy).trainer.strategy
+    assert isinstance(strategy, ExactDeepSpeedStrategy)
+    assert strategy.config["zero_optimization"]["stage"] == stage
+
+
 def bare_keys(node: yaml.Node, lines: list[str], explained: bool = False) -> Iterator[str]:
     """The keys below `node` that no comment explains: one above it, on its line, or of the mapping that it is part of.
 
@@ -127,8 +144,5 @@ data:
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_holds_only_its_own_part(path: Path) -> None:
     """A part of a composition must not set what belongs to another."""
-    sections = {"methods": {"trainer"}, "models": {"model"}, "data": {"data"}, "reweighting": {"trainer"}}.get(
-        path.parent.name
-    )
-    if sections is not None:
-        assert set(yaml.safe_load(path.read_text())) <= sections | {"seed_everything"}
+    if path.parent.name in SECTIONS:
+        assert set(yaml.safe_load(path.read_text())) <= {SECTIONS[path.parent.name], "seed_everything"}

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, of this user's own: in a directory, by hand, with ports of its own."""
+"""A real Slurm of four nodes on this machine, of this user's own: in a directory, by hand, with ports of its own."""
 
 import getpass
 import os
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+NODES = ("n1", "n2", "n3", "n4")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PATIENCE = 300.0  # seconds, for whatever a loaded machine has to do
 SYSTEM = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
@@ -23,7 +24,11 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=6
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=6
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=6
+NodeName=n4 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[4]} CPUs=6
 PartitionName=all Nodes=n1,n2 Default=YES State=UP MaxTime=INFINITE
+# Whose nodes may be lost.
+PartitionName=spare Nodes=n3,n4 State=UP MaxTime=INFINITE
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -106,21 +111,23 @@ def slurm_cluster() -> Iterator[Cluster]:
         folder = Path(name)
         cluster = Cluster(folder)
         folder.chmod(0o755)
-        for part in ("munge", "state", "spool-n1", "spool-n2"):
+        for part in ("munge", "state", *(f"spool-{node}" for node in NODES)):
             (folder / part).mkdir(mode=0o755)
         key = folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
-        config = CONFIG.format(host=socket.gethostname(), ports=free_ports(3), user=getpass.getuser(), folder=folder)
+        config = CONFIG.format(
+            host=socket.gethostname(), ports=free_ports(1 + len(NODES)), user=getpass.getuser(), folder=folder
+        )
         (folder / "slurm.conf").write_text(config)
         munge = {option: folder / "munge" / option for option in ("socket", "pid-file", "seed-file")}
         options = [f"--{option}={path}" for option, path in munge.items()]
         daemons.enter_context(daemon(cluster, "munged", "--foreground", "--force", f"--key-file={key}", *options))
         cluster.until(munge["socket"].exists, "munged")
         daemons.enter_context(daemon(cluster, "slurmctld", "-D", "-c"))
-        for node in ("n1", "n2"):
+        for node in NODES:
             daemons.enter_context(daemon(cluster, "slurmd", "-D", "-N", node))
-        cluster.until(lambda: ready(cluster), "two idle nodes")
+        cluster.until(lambda: ready(cluster), "idle nodes")
         try:
             yield cluster
         finally:
@@ -131,11 +138,11 @@ def slurm_cluster() -> Iterator[Cluster]:
 
 
 def ready(cluster: Cluster) -> bool:
-    """Whether both nodes are idle."""
+    """Whether all nodes are idle."""
     asked = subprocess.run(
         ["sinfo", "--noheader", "--Node", "--format=%T"], env=cluster.environment, capture_output=True, text=True
     )
-    return asked.stdout.split() == ["idle", "idle"]
+    return asked.stdout.split() == ["idle"] * len(NODES)
 
 
 @contextmanager

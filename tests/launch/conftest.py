@@ -1,4 +1,4 @@
-"""One Slurm for all tests of this folder, in one worker: `pytest --dist loadgroup`, and the group `slurm`."""
+"""One Slurm for all tests of this folder."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tests.launch.cluster import Cluster, missing_programs, slurm_cluster
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes. Without Slurm the tests are skipped, and fail where LIGHTPRUNE_REQUIRE_SLURM is set."""
+    """Four nodes. Without Slurm the tests are skipped, and fail where LIGHTPRUNE_REQUIRE_SLURM is set."""
     missing = missing_programs()
     if missing:
         reason = f"Slurm is not installed: no {', '.join(missing)} (Debian: slurm-wlm, munge)"

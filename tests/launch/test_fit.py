@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from lightprune.strategies.zero_checkpoint import whole_checkpoint
 from tests.launch.cluster import Cluster
 from tests.launch.job import SCRIPT, Job
 from tests.test_cli import LAYERS, inputs  # noqa: F401  # a fixture
@@ -37,9 +38,16 @@ class Layout:
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
+ZERO_3 = {
+    "class_path": "lightprune.strategies.CPUDeepSpeedStrategy",
+    # Below the default threshold, parameters would stay whole.
+    "init_args": {"config": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}},
+}
 LAYOUTS = {
     "one node": Layout(ranks=1),
     "two nodes": Layout(ranks=2, sbatch=["--nodes=2"], trainer={"strategy": "ddp"}),
+    "two nodes, ZeRO-3": Layout(ranks=2, sbatch=["--nodes=2"], trainer={"strategy": ZERO_3}),
+    "two spare nodes": Layout(ranks=2, sbatch=["--nodes=2", "--partition=spare"], trainer={"strategy": "ddp"}),
 }
 
 
@@ -56,6 +64,9 @@ RUNS: dict[tuple[str, str], list[Any]] = {
     ("out of time", "one node"): [pause("on_train_batch_start", CUT + 1)],
     ("undisturbed", "two nodes"): [],
     ("preempted in the cut", "two nodes"): [pause("on_validation_start", CUT)],
+    ("undisturbed", "two nodes, ZeRO-3"): [],
+    ("preempted in the cut", "two nodes, ZeRO-3"): [pause("on_validation_start", CUT)],
+    ("node lost", "two spare nodes"): [pause("on_train_batch_start", CUT + 1)],
     ("rank killed", "two nodes"): [pause("on_train_batch_start", 1)],
 }
 
@@ -109,11 +120,15 @@ def submit(cluster: Cluster, folder: Path, inputs: Path, layout: Layout, extra: 
 
 def result(job: Job) -> dict[str, Any]:
     """What training came to."""
-    saved = torch.load(job.folder / "checkpoints" / "last.ckpt", weights_only=True)
+    path = job.folder / "checkpoints" / "last.ckpt"
+    if path.is_dir():  # of DeepSpeed
+        saved = whole_checkpoint(path)
+        return {key: saved[key] for key in ("global_step", "state_dict", "TextDataModule")}
+    saved = torch.load(path, weights_only=True)
     return {key: saved[key] for key in ("global_step", "state_dict", "optimizer_states", "TextDataModule")}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [layout for fate, layout in RUNS if fate == "undisturbed"])
 def test_a_run_finishes(layout: str, jobs: Jobs) -> None:
     job, ranks = jobs["undisturbed", layout], range(LAYOUTS[layout].ranks)
     assert job.end() == "COMPLETED", job.log()
@@ -141,15 +156,23 @@ def test_out_of_time(jobs: Jobs) -> None:
     check_resumed(job, jobs["undisturbed", "one node"], "SIGUSR1")
 
 
-def check_resumed(job: Job, undisturbed: Job, stopped_by: str) -> None:
-    """It saved, went on from there, and ends bit for bit as if nothing had happened."""
+def test_a_node_that_dies(jobs: Jobs) -> None:
+    job = jobs["node lost", "two spare nodes"]
+    job.until_paused(ranks=2)
+    job.cluster.run("scontrol", "update", "NodeName=n4", "State=DOWN", "Reason=lost")
+    # Since its daemon lives, it says that it is there again, and Slurm takes it back.
+    check_resumed(job, jobs["undisturbed", "two nodes"])
+
+
+def check_resumed(job: Job, undisturbed: Job, stopped_by: str | None = None) -> None:
+    """It saved, where it was told to stop, went on, and ends bit for bit as if nothing had happened."""
     job.until_requeued()
     # Slurm makes a requeued job wait for two minutes; a second would do, in which its nodes forget the job before.
     job.cluster.update(job.id, StartTime="now+5", TimeLimit="60")
     assert job.end() == "COMPLETED", job.log()
     assert undisturbed.end() == "COMPLETED", undisturbed.log()
     assert job.restarts == 1
-    assert f"Stopped by {stopped_by} after step" in job.rank_log(0)
+    assert stopped_by is None or f"Stopped by {stopped_by} after step" in job.rank_log(0)
     assert "Restoring states from the checkpoint path" in job.rank_log(0)
     assert differences(result(undisturbed), result(job)) == []
     exports = [run.folder / "pruned" / "model.safetensors" for run in (undisturbed, job)]

@@ -18,7 +18,7 @@ import lightprune as lp
 from tests.strategies.runs import CUT, STEPS, WORLD, Case, run, strategy_of
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed  # noqa: E402, F401  # seconds, which fresh processes save
+import deepspeed  # noqa: F401  # seconds, which fresh processes save
 
 CASE = Case("annealed")
 GRACE = 30.0  # seconds in which a survivor finds out that it is alone; then it is killed, as `srun` does at once

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import lightprune as lp
 from tests.families import tiny_lm
+from tests.reweighting.runs import text_data, write_texts
 from tests.training import Batch, Batches, Plain, batches, trainer_for
 
 SELECT, CUT, STEPS = 4, 7, 10
@@ -40,6 +41,7 @@ def masks() -> lp.HardConcreteSelector:
 
 METHODS: dict[str, Callable[[], list[Callback]]] = {
     "masks": lambda: [masks()],
+    "drpruning": lambda: [masks(), lp.DomainReweighting(every=2)],
     "trsp": lambda: [gates(), lp.DifferencePenalty(strength=0.1, ramp="linear")],
     "dress": lambda: [widths(), lp.GroupNormPenalty(strength=10.0)],
     "annealed": lambda: [gates(), widths(), lp.GateAnnealing()],
@@ -66,6 +68,7 @@ class Case:
         method: what is pruned, one of `METHODS`.
         accumulate: batches for an optimizer step.
         precision: the trainer's.
+        text: train on domains of text, whose weights may follow, and not on random tokens.
         steps: checkpoints to go on from, in new runs; all steps are saved where there are any.
         export: write the model when training ends.
     """
@@ -73,6 +76,7 @@ class Case:
     method: str
     accumulate: int = 1
     precision: str | None = None
+    text: bool = False
     steps: tuple[int, ...] = ()
     export: bool = False
 
@@ -82,6 +86,7 @@ CASES: dict[str, Case] = {
     for method in ("trsp", "dress", "annealed", "masks")
     for accumulate in (1, 2)
 }
+CASES |= {f"drpruning, accumulating {accumulate}": Case("drpruning", accumulate, text=True) for accumulate in (1, 2)}
 CASES |= {method: Case(method) for method in METHODS if f"{method}, accumulating 1" not in CASES}
 # In the held window, before, at and after the cut.
 CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
@@ -122,6 +127,7 @@ class Record(Callback):
             "after cut": self.after_cut,
             "plan": plan,
             "step": trainer.global_step,
+            "domains": dict(getattr(trainer.datamodule, "weights", {})),  # type: ignore[attr-defined]
         }
 
 
@@ -149,18 +155,28 @@ def whole_states(trainer: L.Trainer) -> dict[str, dict[str, Tensor]]:
     return states
 
 
+class OnText(Plain):
+    """On batches that say more than the LM takes."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return super().training_step({name: batch[name] for name in ("input_ids", "labels")}, batch_idx)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        super().validation_step({name: batch[name] for name in ("input_ids", "labels")}, batch_idx)
+
+
 def small_lm() -> PreTrainedModel:
     """Without biases on keys: their gradient is nothing but rounding, and Adam makes that as large as any other."""
-    return tiny_lm("llama_tied", num_layers=5, attention_bias=False)
+    return tiny_lm("llama_tied", num_layers=5, vocab_size=257, attention_bias=False)
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """Two groups, as everybody has them: matrices decay, vectors do not."""
+    """Two groups, as everybody has them: matrices decay, vectors do not. Gradients below epsilon are but rounding."""
     matrices, vectors = [], []
     for parameter in parameters:
         (matrices if len(getattr(parameter, "ds_shape", parameter.shape)) > 1 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0, "lr": 3e-3}]
-    return torch.optim.AdamW(groups, lr=2e-3)
+    return torch.optim.AdamW(groups, lr=2e-3, eps=1e-6)
 
 
 def cosine(optimizer: Optimizer) -> Any:
@@ -201,7 +217,7 @@ def run(
     more: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train, from the checkpoint `resume` in `folder`, where what is written goes; return what the run ended with."""
-    module = Plain(small_lm(), optimizer=adamw, scheduler=cosine)
+    module = (OnText if case.text else Plain)(small_lm(), optimizer=adamw, scheduler=cosine)
     record = Record(case.accumulate)
     # The record is first: it looks before adapters are merged.
     parts = [record, *METHODS[case.method](), lp.StructuredCut(at=CUT), *more]
@@ -222,10 +238,21 @@ def run(
         gradient_clip_val=0.5,
         **({} if case.precision is None else {"precision": case.precision}),
     )
-    validation = Batches([{k: v.chunk(world)[rank] for k, v in batches(1, batch=2 * WORLD, seed=999)[0].items()}])
     path = folder / f"{resume}.ckpt" if resume not in (None, "last") else resume
-    trainer.fit(module, Shard(case.accumulate, rank, world), validation, ckpt_path=path, weights_only=True)
+    trainer.fit(module, **data_of(case, folder, rank, world), ckpt_path=path, weights_only=True)
     return record.end
+
+
+def data_of(case: Case, folder: Path, rank: int, world: int) -> dict[str, Any]:
+    """What `fit` takes: this rank's part of batches that are the same, together, for any number of ranks."""
+    if case.text:
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            write_texts(folder)
+        return {"datamodule": text_data(folder, batch_size=2 * WORLD // world)}
+    validation = batches(1, batch=2 * WORLD, seed=999)[0]
+    shard = {name: value.chunk(world)[rank] for name, value in validation.items()}
+    return {"train_dataloaders": Shard(case.accumulate, rank, world), "val_dataloaders": Batches([shard])}
 
 
 def strategy_of(name: str) -> Any:

@@ -44,6 +44,8 @@ def test_two_processes_are_one(strategy: str, name: str, pair: Pair, alone: Any)
     assert actual["plan"] == expected["plan"]
     assert actual["plan"] != {}
     assert actual["rates"] == expected["rates"]
+    assert actual["domains"] == pytest.approx(expected["domains"], abs=TOLERANCE)
+    assert bool(actual["domains"]) == CASES[name].text
     assert actual["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
     assert len(actual["losses"]) == STEPS * CASES[name].accumulate
     assert_near(actual["weights"], expected["weights"], scale=1)
