@@ -6,7 +6,11 @@ import random
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +51,13 @@ class Death:
         ranks: who does.
         hook: the callback hook in which they die; None is after `when` seconds of training.
         when: at which call of the hook.
+        by: the signal: SIGKILL, or SIGSTOP for a rank that hangs.
     """
 
     ranks: tuple[int, ...]
     hook: str | None
     when: float
+    by: signal.Signals = signal.SIGKILL
 
     @classmethod
     def drawn(cls, seed: str) -> "Death":
@@ -63,7 +69,7 @@ class Death:
 
 
 class Die(Callback):
-    """kill -9 of this process when its time has come."""
+    """Sends this process its signal when its time has come."""
 
     def __init__(self, death: Death) -> None:
         self.death = death
@@ -74,7 +80,7 @@ class Die(Callback):
     def count(self, *args: Any) -> None:
         self.calls += 1
         if self.calls == self.death.when:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.death.by)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.death.hook is None:
@@ -84,10 +90,10 @@ class Die(Callback):
 
     def strike(self, trainer: L.Trainer) -> None:
         if trainer.global_step < STEPS:  # after the last one there is nothing left to go on with
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.death.by)
 
 
-def live(strategy: str, folder: Path, rank: int, port: int, death: Death | None) -> None:
+def live(strategy: str, folder: Path, rank: int, port: int, death: Death | None, timeout: float) -> None:
     """One rank of a run that goes on from what there is in `folder`, and writes down there how it ends."""
     log = os.open(folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -100,22 +106,44 @@ def live(strategy: str, folder: Path, rank: int, port: int, death: Death | None)
     ]
     if death is not None and rank in death.ranks:
         more.append(Die(death))
-    end = run(CASE, strategy_of(strategy), folder, rank=rank, world=WORLD, resume="last", more=more)
+    made = strategy_of(strategy, timeout=timedelta(seconds=timeout))
+    end = run(CASE, made, folder, rank=rank, world=WORLD, resume="last", more=more)
     torch.save(end, folder / f"end{rank}.pt")
 
 
-def start(strategy: str, folder: Path, death: Death | None = None) -> list[int | None]:
-    """Run all ranks; the status that each ends with."""
+@contextmanager
+def started(
+    strategy: str, folder: Path, death: Death | None = None, *, timeout: float = 600, absent: tuple[int, ...] = ()
+) -> Iterator[list[Process]]:
+    """The ranks of a run; what is left of them at the end is killed.
+
+    Args:
+        timeout: seconds for which a rank waits for the others.
+        absent: ranks that are never started.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [PROCESSES.Process(target=live, args=(strategy, folder, rank, port, death)) for rank in range(WORLD)]
-    for process in processes:
+    processes = [
+        PROCESSES.Process(target=live, args=(strategy, folder, rank, port, death, timeout)) for rank in range(WORLD)
+    ]
+    present = [process for rank, process in enumerate(processes) if rank not in absent]
+    for process in present:
         process.start()
-    # In the order in which they must end: who is killed, then who finds out.
-    order = sorted(range(WORLD), key=lambda rank: death is None or rank not in death.ranks)
-    for rank in order:
-        processes[rank].join(GRACE if death is not None and rank not in death.ranks else None)
-        processes[rank].kill()
-        processes[rank].join()
+    try:
+        yield processes
+    finally:
+        for process in present:
+            process.kill()
+            process.join()
+
+
+def statuses(strategy: str, folder: Path, death: Death | None = None) -> list[int | None]:
+    """Run all ranks; the status that each ends with."""
+    dying = () if death is None else death.ranks
+    with started(strategy, folder, death) as processes:
+        for rank in dying:
+            processes[rank].join()
+        for rank in set(range(WORLD)) - set(dying):
+            processes[rank].join(GRACE if dying else None)
     return [process.exitcode for process in processes]

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -91,11 +92,12 @@ CASES |= {method: Case(method) for method in METHODS if f"{method}, accumulating
 # In the held window, before, at and after the cut.
 CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
 CASES["resumed, lora"] = Case("lora", steps=(CUT + 1,))
-CASES["bf16"] = Case("annealed", precision="bf16-mixed")
+HALF = {"bf16": Case("annealed", precision="bf16-mixed"), "fp16": Case("annealed", precision="16-mixed")}
+CASES |= HALF
 
 
-# What is run under what; bf16 under DDP has nothing to be compared with.
-RUNS = [(s, name) for s in STRATEGIES for name in CASES if (s, name) != ("ddp", "bf16")]
+# What is run under what; half precision under DDP has nothing to be compared with, and a CPU no loss scale there.
+RUNS = [(s, name) for s in STRATEGIES for name in CASES if s != "ddp" or name not in HALF]
 RUNS += [(s, "annealed, accumulating 2") for s in OFFLOADED]
 
 
@@ -106,6 +108,7 @@ class Record(Callback):
         self.accumulate = accumulate
         self.losses: list[float] = []
         self.rates: list[float] = []
+        self.scales: list[float] = []
         self.after_cut: dict[str, Tensor] = {}
         self.end: dict[str, Any] = {}
 
@@ -113,6 +116,7 @@ class Record(Callback):
         loss = outputs["loss"].detach() * self.accumulate
         self.losses.append(float(trainer.strategy.reduce(loss.clone(), reduce_op="mean")))
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.scales.append(float(getattr(trainer.optimizers[0], "loss_scale", 1)))
         if trainer.global_step == CUT + 1 and not self.after_cut:
             self.after_cut = whole_states(trainer)["weights"]
 
@@ -124,6 +128,7 @@ class Record(Callback):
             **whole_states(trainer),
             "losses": self.losses,
             "rates": self.rates,
+            "scales": self.scales,
             "after cut": self.after_cut,
             "plan": plan,
             "step": trainer.global_step,
@@ -255,18 +260,19 @@ def data_of(case: Case, folder: Path, rank: int, world: int) -> dict[str, Any]:
     return {"train_dataloaders": Shard(case.accumulate, rank, world), "val_dataloaders": Batches([shard])}
 
 
-def strategy_of(name: str) -> Any:
+def strategy_of(name: str, **settings: Any) -> Any:
+    """Lightning's strategy of a name among `STRATEGIES` and `OFFLOADED`."""
     if name == "ddp":
-        return "ddp"
+        return DDPStrategy(**settings)
     from lightprune.strategies.exact import CPUDeepSpeedStrategy
 
     # Below that threshold, parameters would stay whole under stage 3.
-    settings: dict[str, Any] = {"stage": int(name[4]), "stage3_param_persistence_threshold": 0}
-    config: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_optimization": settings}
+    zero: dict[str, Any] = {"stage": int(name[4]), "stage3_param_persistence_threshold": 0}
+    config: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
     if name.endswith("offload"):
-        settings["offload_optimizer"] = {"device": "cpu"}
+        zero["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False  # torch's optimizer, moved to the CPU
-    return CPUDeepSpeedStrategy(config=config)
+    return CPUDeepSpeedStrategy(config=config, loss_scale_window=2, **settings)
 
 
 def ends_of(case: Case, strategy: str, rank: int, folder: Path) -> dict[str, Any]:
@@ -283,7 +289,11 @@ def ends_of(case: Case, strategy: str, rank: int, folder: Path) -> dict[str, Any
 
 def main(folder: Path, rank: int, strategies: list[str], names: list[str]) -> None:
     """Run every case under every strategy as one of two ranks, and write down each end, or the error."""
+    from deepspeed.accelerator import get_accelerator
+
     torch.set_num_threads(1)
+    # DeepSpeed wants a CPU with instructions for float16, and torch does without.
+    vars(get_accelerator())["is_fp16_supported"] = lambda: True
     for strategy in strategies:
         for name in names:
             if (strategy, name) not in RUNS:

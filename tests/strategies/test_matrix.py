@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.strategies.conftest import Pair
-from tests.strategies.runs import CASES, MOMENTS, RUNS, STEPS, STRATEGIES
+from tests.strategies.runs import CASES, CUT, MOMENTS, RUNS, STEPS, STRATEGIES
 
 TOLERANCE = 1e-5
 IN_FLOAT32 = [name for name, case in CASES.items() if not case.steps and case.precision is None]
@@ -66,3 +66,15 @@ def test_zero_stages_are_one_in_bfloat16(strategy: str, pair: Pair) -> None:
     assert end["losses"] == pytest.approx(expected["losses"], abs=2e-2)
     # What was carried through the cut is in full precision.
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in end["weights"].values())
+
+
+@pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if strategy != "ddp"])
+def test_the_loss_scale_of_float16_goes_through_the_cut(strategy: str, pair: Pair) -> None:
+    (end, other), (expected, _) = pair.ends(strategy, "fp16"), pair.ends("zero1", "fp16")
+    assert end["step"] == STEPS
+    for key in ("weights", *MOMENTS):
+        assert all(torch.equal(end[key][n], other[key][n]) for n in end[key])
+    assert end["losses"] == pytest.approx(expected["losses"], abs=2e-3)
+    assert end["scales"] == expected["scales"]
+    # An overflow before the cut has halved it, and a new engine would begin at 2**16 again.
+    assert end["scales"][CUT - 1 : CUT + 1] == [2.0**15] * 2
