@@ -222,10 +222,6 @@ class Anatomy:
         """How many parameters the model has now; tied ones count once."""
         return parameter_count(self.lm)
 
-    def parameters_of_layer(self, index: int) -> int:
-        """How many parameters layer `index` holds."""
-        return parameter_count(self.layers[index])
-
     def sites(self) -> Iterator["Site"]:
         """Every module that has something to prune, layers in order, then the stem."""
         for index, layer in enumerate(self.layers):

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class CalibratedUnitSelector(UnitSelector):
             self._sums[unit] = self._sums.get(unit, nothing).to(nothing.device)
 
     def scores(self) -> Mapping[Unit, Tensor]:
-        totals = self._reduced("sum")
+        totals = {unit: self.pipeline.engine.sum(sums) for unit, sums in self._sums.items()}
         if not all(sums[0].any() for sums in totals.values()):
             raise ConfigError(
                 f"{type(self).__name__} has seen nothing by step {self.stop}: between its `start` and `stop` it needs "
@@ -93,14 +93,10 @@ class CalibratedUnitSelector(UnitSelector):
             return torch.ones(tokens, device=device)
         return mask.flatten().to(device, torch.float32)
 
-    def _reduced(self, operation: Literal["sum", "mean"]) -> dict[Unit, Tensor]:
-        """The sums of all ranks together; every rank must ask."""
-        strategy = self.pipeline.trainer.strategy
-        return {unit: strategy.reduce(sums.clone(), reduce_op=operation) for unit, sums in self._sums.items()}
-
     def scores_state(self) -> dict[str, Any]:
         # The mean over ranks: each of them takes it back, and together they have the sum again.
-        return {"sums": self._reduced("mean"), "passes": self._passes}
+        means = {unit: self.pipeline.engine.mean(sums) for unit, sums in self._sums.items()}
+        return {"sums": means, "passes": self._passes}
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:
         self._sums, self._passes = dict(state["sums"]), state["passes"]

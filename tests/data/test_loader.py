@@ -3,8 +3,13 @@
 import hashlib
 import itertools
 import json
+import multiprocessing
+import os
 import random
+import signal
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +23,10 @@ from lightprune.data.blocks import Blocks
 COUNTS = {"a": 50, "b": 7, "c": 20}
 SIZE = 6
 STEPS = 60
+
+# A server that has imported everything once hands out the fresh processes.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -93,19 +102,39 @@ def test_the_number_of_workers_changes_no_batch(dataset: BlockDataset, never_sto
     assert list(Run(dataset, workers=workers).until(STEPS)) == never_stopped
 
 
+def train(folder: Path, dataset: BlockDataset, workers: int, ranks: int, kill: int | None) -> None:
+    """Goes on from the last checkpoint in `folder`; kill -9 of it and its workers in the step `kill`, unsaved."""
+    warnings.simplefilter("ignore")
+    multiprocessing.set_start_method("fork", force=True)  # of the workers; in here it is that of `PROCESSES`
+    os.setsid()
+    checkpoint, draft = folder / "checkpoint", folder / "draft"
+    run = Run(dataset, workers=workers, ranks=ranks)
+    if checkpoint.exists():
+        run.load(checkpoint.read_text())
+    with (folder / "seen").open("a") as seen:
+        for batch in run.until(STEPS):
+            print(run.step, batch, file=seen, flush=True)
+            if run.step == kill:
+                os.killpg(os.getpid(), signal.SIGKILL)
+            draft.write_text(run.state())
+            draft.replace(checkpoint)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_killed_and_resumed_20_times_sees_the_very_same_batches(
-    dataset: BlockDataset, never_stopped: list[str], workers: int, ranks: int
+    dataset: BlockDataset, never_stopped: list[str], workers: int, ranks: int, tmp_path: Path
 ) -> None:
-    stops = sorted(random.Random(workers + ranks).sample(range(1, STEPS), 20))
-    found: list[str] = []
-    checkpoint = Run(dataset, ranks=ranks).state()
-    for stop in (*stops, STEPS):
-        run = Run(dataset, workers=workers, ranks=ranks).load(checkpoint)
-        found += run.until(stop)
-        checkpoint = run.state()
-    assert found == never_stopped
+    kills = sorted(random.Random(workers + ranks).sample(range(1, STEPS), 20))
+    for kill in (*kills, None):
+        process = PROCESSES.Process(target=train, args=(tmp_path, dataset, workers, ranks, kill))
+        process.start()
+        process.join()
+        assert process.exitcode == (0 if kill is None else -signal.SIGKILL)
+    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    # The step that was under way comes again.
+    assert [int(step) for step, _ in seen] == sorted([*range(1, STEPS + 1), *kills])
+    assert [batch for _, batch in seen] == [never_stopped[int(step) - 1] for step, _ in seen]
 
 
 def test_workers_and_ranks_may_change_at_a_resume(dataset: BlockDataset, never_stopped: list[str]) -> None:
