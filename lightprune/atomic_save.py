@@ -44,9 +44,10 @@ def save_atomically(strategy: Strategy) -> Callable[[], None]:
 def put_in_place(draft: Path, target: Path) -> None:
     """Move a checkpoint to where an older one may be; at every moment one of them is there whole.
 
-    Directories cannot replace each other: between two renames the older one has a name that `ckpt_path="last"` finds.
+    A directory cannot replace another one, nor a file: between two renames the older checkpoint has a name that
+    `ckpt_path="last"` finds.
     """
-    if not target.is_dir():
+    if not target.exists() or (target.is_file() and draft.is_file()):
         draft.replace(target)
         return
     older = target.with_name(f"{target.stem}-older{target.suffix}")

@@ -10,14 +10,14 @@ same for automatic and manual optimization. `optimizer_step` is where weights ar
 `configure_optimizers`, schedulers and clipping never see a gate: gates have an optimizer of their own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -184,6 +184,8 @@ class Pipeline:
         pipeline = cls(trainer, module, stage)
         for part in pipeline.parts:
             part.pipeline = pipeline
+        # A cut validates, and whoever then saves a checkpoint saves what the other callbacks made of this step too.
+        trainer.callbacks = parts_last(callbacks_of(trainer), pipeline.parts)  # type: ignore[attr-defined]
         pipeline._wrap_all()
 
     # What the parts and the reports ask.
@@ -362,6 +364,8 @@ class Pipeline:
         for part in self.parts:
             if part.state_key in states:
                 part.restructure(states[part.state_key])
+        if self.cut is not None and states.get(self.cut.state_key, {}).get("plan") is not None:
+            self.engine.expect_skips(False)
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.engine.held_step(original, *args, **kwargs) if self.weights_held else original(*args, **kwargs)
@@ -408,6 +412,13 @@ class Pipeline:
                 part.learn()
             self.engine.skip_step(optimizer)
         return result
+
+
+def parts_last(callbacks: Sequence[Callback], parts: Sequence[Part]) -> list[Callback]:
+    """The callbacks in the order of their calls: strangers as they were, the parts, and at last what saves them all."""
+    savers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+    others = [callback for callback in callbacks if not isinstance(callback, (Part, Checkpoint))]
+    return [*others, *parts, *savers]
 
 
 def _parts_of(trainer: L.Trainer) -> list[Part]:

@@ -1,5 +1,6 @@
 """What only shows once data, optimizers or a checkpoint are there, and is still refused before the first step."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ def check_run(pipeline: "Pipeline") -> None:
         ConfigError: it cannot work.
     """
     _check_freshness(pipeline)
+    _check_windows(pipeline)
+    _check_epochs(pipeline)
     _check_length(pipeline)
     _check_clipping(pipeline)
     _check_optimizers(pipeline)
@@ -51,14 +54,44 @@ def _check_freshness(pipeline: "Pipeline") -> None:
         )
 
 
+def _check_windows(pipeline: "Pipeline") -> None:
+    """Refuse selectors that would decide from less than their window, in a run that goes on from one without them."""
+    for selector in pipeline.selectors:
+        missed = selector.needs_batches and selector.start < pipeline.step
+        if missed and selector.plan is None and not selector.resumed:
+            name = type(selector).__name__
+            raise ConfigError(
+                f"{name}.start is {selector.start}, and this run goes on from step {pipeline.step} of one without "
+                f"{name}: set `start` to at least {pipeline.step}, and what follows behind it."
+            )
+
+
+def _check_epochs(pipeline: "Pipeline") -> None:
+    """Refuse epochs that end in the middle of an accumulation which goes on in the next one."""
+    trainer = pipeline.trainer
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if not trainer.strategy.handles_gradient_accumulation or batches == math.inf or batches % accumulate == 0:
+        return
+    if trainer.max_epochs == 1 or 0 <= trainer.max_steps * accumulate <= batches:
+        return
+    raise ConfigError(
+        f"An epoch has {batches} batches, and trainer.accumulate_grad_batches is {accumulate}: DeepSpeed would go on "
+        "accumulating where Lightning begins anew. Set trainer.limit_train_batches to a multiple of it, such as "
+        f"{int(batches // accumulate * accumulate) or accumulate}, or train for one epoch."
+    )
+
+
 def _check_length(pipeline: "Pipeline") -> None:
     """Refuse epochs that would end before the cut: unlike `max_steps`, their length is known only with the data."""
     trainer, cut = pipeline.trainer, pipeline.cut
     counted = pipeline.module.automatic_optimization  # else a batch has as many steps as the module likes
-    if cut is None or cut.done or trainer.max_epochs in (None, -1) or not counted:
-        return
     batches = trainer.num_training_batches
-    steps = trainer.max_epochs * -(-batches // trainer.accumulate_grad_batches) if batches != float("inf") else batches
+    if cut is None or cut.done or trainer.max_epochs in (None, -1) or not counted or batches == math.inf:
+        return
+    in_epoch = batches / trainer.accumulate_grad_batches
+    # Lightning steps with what an epoch's end has left over, and DeepSpeed does not.
+    rounded = math.floor if trainer.strategy.handles_gradient_accumulation else math.ceil
+    steps = trainer.max_epochs * rounded(in_epoch)
     if steps < cut.at:
         raise ConfigError(
             f"The run ends after {steps} optimizer steps ({trainer.max_epochs} epochs), before the cut at "

@@ -111,6 +111,16 @@ def warn_of_equal_shares(ratio: Array) -> None:
         )
 
 
+def warn_of_rare_validation(trainer: L.Trainer, end: float) -> None:
+    """Say that the trainer's own validations lie beyond the end of the run."""
+    if (trainer.val_check_batch or 0) > end * trainer.accumulate_grad_batches:
+        rank_zero_warn(
+            "DomainReweighting.losses is 'validation', and trainer.val_check_interval is "
+            f"{trainer.val_check_interval}, beyond the end of the run: no weights move but at cuts that validate. Set "
+            "it to the batches between two updates."
+        )
+
+
 def check_length(settings: Settings, end: float) -> None:
     """Refuse a run whose end is not known where shares of its steps count, or that is too short for a fit.
 
@@ -133,6 +143,11 @@ def check_length(settings: Settings, end: float) -> None:
             f"DomainReweighting.start is {settings.start}, and the run ends at step {end:.0f}: set it to less."
         )
     steps = end - settings.start
+    if settings.losses == "training" and steps < settings.every:
+        raise ConfigError(
+            f"DomainReweighting.every is {settings.every}, and from its start the run has {steps:.0f} steps: set it to "
+            "less, for the first update to come."
+        )
     if dynamic and settings.losses == "training" and steps * (1 - POINTS_FROM) // settings.every < MIN_POINTS + 1:
         most = int(steps * (1 - POINTS_FROM)) // (MIN_POINTS + 1)
         better = max(int(steps * (FITS_FROM - POINTS_FROM)) // MIN_POINTS, 1)

@@ -26,6 +26,7 @@ class Selector(Part):
 
     Attributes:
         plan: what stays of this selector's structures; None until it is decided.
+        resumed: whether a checkpoint said how far this selector had come.
     """
 
     stage = Stage.SELECT
@@ -36,6 +37,7 @@ class Selector(Part):
         self.stop = stop
         self.hold_weights = hold_weights
         self.plan: PruningPlan | None = None
+        self.resumed = False
         self._open = False
         self._handles: list[Handle] = []
 
@@ -76,6 +78,12 @@ class Selector(Part):
             raise ConfigError(
                 f"{name} opens at step {self.start} and closes at step {self.stop}: set `stop` to a step after `start`."
             )
+        max_steps = self.pipeline.trainer.max_steps
+        if self.needs_batches and -1 < max_steps < self.stop:
+            raise ConfigError(
+                f"{name} closes at step {self.stop}, and trainer.max_steps is {max_steps}: raise trainer.max_steps, or "
+                f"let {name} close earlier."
+            )
 
     def advance(self, step: int) -> None:
         if self.plan is not None or step < self.start or self.cycle is not self.pipeline.cycle:
@@ -112,6 +120,7 @@ class Selector(Part):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.plan = None if state_dict["plan"] is None else PruningPlan.from_dict(state_dict["plan"])
+        self.resumed = True
         self.load_scores_state(state_dict)
 
     def scores_state(self) -> dict[str, Any]:

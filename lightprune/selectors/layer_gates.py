@@ -139,17 +139,15 @@ class LayerGateSelector(LayerSelector):
         smallest = self._smallest_gates()
         self._stable_steps = self._stable_steps + 1 if smallest == self._smallest else 0
         self._smallest = smallest
-
-    def advance(self, step: int) -> None:
-        if self._open and self._round_is_over():
+        if self._round_is_over():  # here, where steps are counted: a batch of manual optimization may have several
             self._end_round()
-        super().advance(step)
 
     def settled(self) -> bool:
         return self.round == self.rounds
 
     def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
-        assert len(self._dropped) == self.drop, "every optimizer step of the window counts towards a round"
+        while self.round < self.rounds:  # the window opened late, behind a cut
+            self._end_round()
         return self._dropped, {
             "rounds": self._history,
             "placement": self.placement,

@@ -104,7 +104,7 @@ class Engine:
         """Step an optimizer of a part's own, of parameters that the strategy does not know, and clear their gradients.
 
         They learn from the mean of all ranks' gradients, so every rank must call this. Where no rank has any (every
-        batch was skipped), and where a loss scale overflowed, nothing moves.
+        batch was skipped), and where these overflowed under a loss scale, nothing moves.
 
         Args:
             optimizer: of parameters that all ranks hold in the same state.

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
-from lightprune.partitioned import is_partitioned, twin, whole, whole_shape
+from lightprune.partitioned import changed, is_partitioned, twin, whole, whole_shape
 from lightprune.strategies import zero
 from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure, schedulers_of
 from lightprune.strategies.exact import ExactDeepSpeedStrategy
@@ -239,7 +239,11 @@ class DeepSpeed(Engine):
     def edited(self, parameter: nn.Parameter) -> Iterator[Tensor]:
         if self._places is None:
             self._places = zero.places_of(self._zero)
-        place = self._places[parameter]
+        place = self._places.get(parameter)
+        if place is None:  # it is frozen: there is nothing but the parameter itself
+            with changed([parameter]):
+                yield parameter.detach()
+            return
         part = place.of(place.flat.detach())
         fragments = zero.Fragments(whole_shape(parameter), place.start, {zero.MASTER: part}, {})
         values = fragments.whole(zero.MASTER, self.strategy.root_device)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -22,7 +21,7 @@ class SingleDevice(Engine):
         self, original: Callable[..., Checkpoint], restructure: Restructure, path: Any, *args: Any, **kwargs: Any
     ) -> Checkpoint:
         # What DeepSpeed has saved is read here too, to export it.
-        read = whole_checkpoint if is_sharded(path) else partial(original, *args, **kwargs)
+        read = whole_checkpoint if is_sharded(path) else lambda path: original(path, *args, **kwargs)
         return super().load(read, restructure, path)
 
     def rewrapped(self) -> AbstractContextManager[Replaced]:

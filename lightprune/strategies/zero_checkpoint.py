@@ -41,18 +41,16 @@ def whole_checkpoint(path: str | Path) -> dict[str, Any]:
     states = model_states(path)
     weights = dict(states.pop("module"))
     if any(tensor.numel() == 0 for tensor in weights.values()):  # stage 3
-        weights |= _joined(_folder(path), states)
+        weights |= _trained(_folder(path), states) | _frozen(_folder(path), states)
     for tied, name in states["shared_params"].items():
         weights[tied] = weights[name]
     return {**states, "state_dict": weights}
 
 
-def _joined(folder: Path, states: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in full precision, from the parts of all ranks: each has an equal part of each, padded."""
+def _trained(folder: Path, states: dict[str, Any]) -> dict[str, Tensor]:
+    """The trained weights in full precision, from the parts of all ranks: each has an equal part of each, padded."""
     shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
-    files = sorted(
-        folder.glob("*_optim_states.pt"), key=lambda file: int(file.name.split("zero_pp_rank_")[1].split("_")[0])
-    )
+    files = _of_ranks(folder, "*_optim_states.pt")
     parts: dict[str, list[Tensor]] = {name: [] for name in shapes}
     for file in files:
         flat = torch.cat([tensor.flatten() for tensor in _load(file)["optimizer_state_dict"]["fp32_flat_groups"]])
@@ -62,6 +60,21 @@ def _joined(folder: Path, states: dict[str, Any]) -> dict[str, Tensor]:
             parts[name].append(flat[offset : offset + length].clone())
             offset += length
     return {name: torch.cat(parts.pop(name))[: shape.numel()].view(shape) for name, shape in shapes.items()}
+
+
+def _frozen(folder: Path, states: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights that no optimizer has, in the same way from the ranks' model states."""
+    shapes = states.get("frozen_param_shapes") or {}
+    parts = [_load(file)["frozen_param_fragments"] for file in _of_ranks(folder, "*_model_states.pt")] if shapes else []
+    return {
+        name: torch.cat([part[name].flatten() for part in parts])[: shape.numel()].view(shape)
+        for name, shape in shapes.items()
+    }
+
+
+def _of_ranks(folder: Path, pattern: str) -> list[Path]:
+    """The files of all ranks, in their order."""
+    return sorted(folder.glob(pattern), key=lambda file: int(file.name.split("zero_pp_rank_")[1].split("_")[0]))
 
 
 @contextmanager
