@@ -90,6 +90,9 @@ class RunReport(FinishingCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note which phase the batch belongs to: by its end the pipeline may have moved on."""
+        pipeline = Pipeline.of(trainer)
+        if pipeline is not None:  # the first batch may be one of a later phase than the run began in
+            pipeline.advance()
         self._phase = _phase(trainer)
 
     def on_train_batch_end(
@@ -138,7 +141,7 @@ class RunReport(FinishingCallback):
         self, trainer: pl.Trainer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """A tensor total stays on its device: reading it at every step would stall a GPU."""
-        if not trainer.training:
+        if not (trainer.training and torch.is_grad_enabled()):  # a selector searches on a batch that has been counted
             return
         input_ids, mask = kwargs.get("input_ids", args[0] if args else None), attention_mask_of(args, kwargs)
         if mask is not None:

@@ -73,6 +73,16 @@ def test_killed_at_any_moment(call: int, directory: bool, tmp_path: Path, monkey
     assert last_of(tmp_path) == target
 
 
+@pytest.mark.parametrize("directory", [False, True])
+def test_a_strategy_may_have_saved_in_the_other_form(directory: bool, tmp_path: Path) -> None:
+    draft, target = tmp_path / "last.ckpt.part", tmp_path / "last.ckpt"
+    write(target, "old", directory=not directory)
+    write(draft, "new", directory=directory)
+    put_in_place(draft, target)
+    assert read(target) == {"new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 def last_of(folder: Path) -> Path | None:
     """What Lightning takes for `ckpt_path="last"`."""
     trainer = trainer_for([ModelCheckpoint(folder)], max_steps=1, enable_checkpointing=True)

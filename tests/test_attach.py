@@ -300,6 +300,19 @@ def test_two_optimizers_one_of_which_has_nothing_to_do_with_the_lm(reference: di
     assert_equal(run(Two()), reference)
 
 
+@pytest.mark.parametrize("hold_weights", [True, False])
+def test_rounds_of_gates_where_a_batch_has_two_optimizer_steps(hold_weights: bool) -> None:
+    class Twice(Manual):
+        def training_step(self, batch: Batch, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            super().training_step(batch, batch_idx)
+
+    selector = LayerGateSelector(drop=2, steps_per_round=5, hold_weights=hold_weights)
+    fit(Twice(), [selector, StructuredCut(at=12)], batches(8), 14)
+    assert selector.plan is not None
+    assert [found["steps"] for found in selector.plan.provenance["rounds"]] == [5, 5]
+
+
 class Auxiliary(Manual):
     """A second loss, of its own, beside the LM's one forward pass."""
 

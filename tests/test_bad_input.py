@@ -36,6 +36,23 @@ class NoStep(Plain):
         raise AssertionError("training began")
 
 
+@pytest.mark.parametrize(
+    "selector",
+    [
+        LayerGateSelector(drop=2, steps_per_round=1),
+        BlockInfluenceSelector(drop=2, stop=2),
+        GreedyPerplexitySelector(drop=2, stop=2),
+    ],
+    ids=lambda selector: type(selector).__name__,
+)
+def test_a_window_that_was_over_before_the_selector_came(selector: Callback, tmp_path: Any) -> None:
+    dense = fit(Plain(), [], batches(3), 3)
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    trainer = trainer_for([selector, StructuredCut(at=8)], 10)
+    with pytest.raises(ConfigError, match=r"start is 0, and this run goes on from step 3 .* at least 3"):
+        trainer.fit(Plain(), batches(10), ckpt_path=tmp_path / "dense.ckpt", weights_only=False)
+
+
 class AnotherCut(StructuredCut):
     """Lightning itself refuses two stateful callbacks of one class."""
 

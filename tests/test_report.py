@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightprune import PruningPlan, RandomSelector, StructuredCut
+from lightprune import GreedyPerplexitySelector, PruningPlan, RandomSelector, StructuredCut
 from lightprune.report import RunReport, write_summary
 
 BATCHES, BATCH, LENGTH, PADDING = 6, 2, 8, 3
@@ -92,6 +92,18 @@ def test_counts_of_a_run_with_a_cut(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert list(found["metrics"]) == ["start", "before_cut", "after_cut", "end"]
     assert found["metrics"]["after_cut"] == cut.metrics["after"]
     assert "Cut at step 4; layers dropped" in capsys.readouterr().out
+
+
+def test_a_search_on_a_batch_reads_no_more_of_the_data(tmp_path: Path) -> None:
+    trainer(tmp_path, RunReport(), GreedyPerplexitySelector(drop=2, stop=2), StructuredCut(at=4)).fit(Stranger())
+    tokens = {phase: cost["tokens"] for phase, cost in summary(tmp_path)["phases"].items()}
+    per_step = BATCH * (LENGTH - PADDING)
+    assert tokens == {"select": 2 * per_step, "transfer": 2 * per_step, "recover": 2 * per_step, "validation": 0}
+
+
+def test_the_first_batch_may_be_of_a_later_phase(tmp_path: Path) -> None:
+    trainer(tmp_path, RunReport(), RandomSelector(drop=2), StructuredCut(at=0)).fit(Stranger())
+    assert set(summary(tmp_path)["phases"]) == {"recover", "validation"}
 
 
 def test_metrics_are_those_of_the_moment(tmp_path: Path) -> None:

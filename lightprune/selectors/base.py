@@ -78,12 +78,6 @@ class Selector(Part):
             raise ConfigError(
                 f"{name} opens at step {self.start} and closes at step {self.stop}: set `stop` to a step after `start`."
             )
-        max_steps = self.pipeline.trainer.max_steps
-        if self.needs_batches and -1 < max_steps < self.stop:
-            raise ConfigError(
-                f"{name} closes at step {self.stop}, and trainer.max_steps is {max_steps}: raise trainer.max_steps, or "
-                f"let {name} close earlier."
-            )
 
     def advance(self, step: int) -> None:
         if self.plan is not None or step < self.start or self.cycle is not self.pipeline.cycle:

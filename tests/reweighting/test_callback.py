@@ -293,6 +293,17 @@ def test_a_validation_that_a_resume_makes_up_for_sees_the_masks(folder: Path, tm
     assert list(reweighting_of(resumed).history) == list(reweighting_of(undisturbed).history)
 
 
+def test_a_checkpoint_saved_by_the_cuts_own_validation_has_all_of_the_step(folder: Path, tmp_path: Path) -> None:
+    def parts() -> list[Any]:
+        return [lp.RandomSelector(drop=1, start=2), lp.StructuredCut(at=6), DomainReweighting(every=3)]
+
+    never: dict[str, Any] = {"val_check_interval": 1000, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+    undisturbed = fit(folder, [*parts(), ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)], 12, **never)
+    resumed = fit(folder, parts(), 12, ckpt_path=tmp_path / "step=6.ckpt", **never)
+    assert list(reweighting_of(resumed).history) == list(reweighting_of(undisturbed).history)
+    assert_equal(weights(resumed.lightning_module), weights(undisturbed.lightning_module))
+
+
 RESUMES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "training": ({"every": 3}, [2, 3, 4]),
     "sheared": ({"every": 2, "rule": "sheared", "reference": NOTHING}, [3]),

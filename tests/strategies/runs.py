@@ -72,6 +72,7 @@ class Case:
         text: train on domains of text, whose weights may follow, and not on random tokens.
         steps: checkpoints to go on from, in new runs; all steps are saved where there are any.
         export: write the model when training ends.
+        frozen: let no optimizer train the embeddings.
     """
 
     method: str
@@ -80,6 +81,7 @@ class Case:
     text: bool = False
     steps: tuple[int, ...] = ()
     export: bool = False
+    frozen: bool = False
 
 
 CASES: dict[str, Case] = {
@@ -91,6 +93,7 @@ CASES |= {f"drpruning, accumulating {accumulate}": Case("drpruning", accumulate,
 CASES |= {method: Case(method) for method in METHODS if f"{method}, accumulating 1" not in CASES}
 # In the held window, before, at and after the cut.
 CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
+CASES["resumed, frozen"] = Case("masks", steps=(CUT + 1,), frozen=True)
 CASES["resumed, lora"] = Case("lora", steps=(CUT + 1,))
 HALF = {"bf16": Case("annealed", precision="bf16-mixed"), "fp16": Case("annealed", precision="16-mixed")}
 CASES |= HALF
@@ -223,6 +226,7 @@ def run(
 ) -> dict[str, Any]:
     """Train, from the checkpoint `resume` in `folder`, where what is written goes; return what the run ended with."""
     module = (OnText if case.text else Plain)(small_lm(), optimizer=adamw, scheduler=cosine)
+    module.lm.get_input_embeddings().requires_grad_(not case.frozen)
     record = Record(case.accumulate)
     # The record is first: it looks before adapters are merged.
     parts = [record, *METHODS[case.method](), lp.StructuredCut(at=CUT), *more]

@@ -45,6 +45,15 @@ def test_what_zero_saved_is_exported_without_it(strategy: str, step: int, pair: 
         assert all(torch.equal(weight, end["weights"][f"lm.{name}"]) for name, weight in lm.named_parameters())
 
 
+@pytest.mark.parametrize("strategy", ZERO)
+def test_weights_that_nobody_trains_are_in_what_zero_saved(strategy: str, pair: Pair) -> None:
+    pair.ends(strategy, "resumed, frozen")
+    saved = whole_checkpoint(pair.folder / strategy / "resumed, frozen" / f"step={CUT + 1}.ckpt")["state_dict"]
+    assert torch.equal(saved["lm.model.embed_tokens.weight"], saved["lm.lm_head.weight"])
+    assert saved["lm.lm_head.weight"].shape == (257, 24)
+    assert saved["lm.lm_head.weight"].isfinite().all()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_exports_what_it_ends_with(strategy: str, pair: Pair) -> None:
     end = pair.ends(strategy, "resumed")[0]["undisturbed"]
