@@ -22,6 +22,12 @@ class Handle(Protocol):
         """Take it off."""
 
 
+def remove_all(handles: list[Handle]) -> None:
+    """Take everything off, the latest first, and leave the list empty."""
+    while handles:
+        handles.pop().remove()
+
+
 def gated(hidden_in: Tensor, hidden_out: Tensor, gate: Tensor, placement: Placement) -> Tensor:
     """A layer's output under a scalar gate; exactly `hidden_out`, gradients included, where the gate is 1.
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lightprune.anatomy import Anatomy
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS, Axis
 from lightprune.anatomy.base import Site, Writer
-from lightprune.gates import Bypass, Handle, ReplacedForward, change_input, change_output
+from lightprune.gates import Bypass, Handle, ReplacedForward, change_input, change_output, remove_all
 from lightprune.norms import norm_over
 
 # Gives the whole of a parameter, to be changed in place.
@@ -97,8 +97,7 @@ class UnitValues:
 
     def remove(self) -> None:
         """Take every hook off the model."""
-        while self._handles:
-            self._handles.pop().remove()
+        remove_all(self._handles)
 
     @torch.no_grad()
     def fold(self, edited: Edited = lambda parameter: nullcontext(parameter.detach())) -> None:

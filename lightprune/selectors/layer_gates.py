@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightprune.errors import ConfigError
-from lightprune.gates import Bypass, Placement, attach_gate
+from lightprune.gates import Bypass, Placement, attach_gate, remove_all
 from lightprune.pipeline import Status
 from lightprune.selectors.base import LayerSelector, lowest
 
@@ -184,8 +184,7 @@ class LayerGateSelector(LayerSelector):
         self.pipeline.log({f"select/gate/layer_{i:02d}": value for i, value in seen.items()})
         self._round_steps = self._stable_steps = 0
         self._smallest = []
-        while self._handles:
-            self._handles.pop().remove()
+        remove_all(self._handles)
         if self.restart:
             self._start_gates()
         self._attach()
