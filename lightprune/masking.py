@@ -1,6 +1,6 @@
 """Masks that make a whole model compute what the cut model will: units scaled by alpha, norms over what is kept.
 
-Shapes: B sequences, T tokens, d hidden dimensions, H query heads of D dimensions, I MLP channels, L layers.
+Shapes: L layers.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Values of units: every layer, head, channel and hidden dimension counts for as much as its value says.
 
-Shapes: B sequences, T tokens, d hidden dimensions, H query heads of D dimensions, I MLP channels, L layers.
+Shapes: d hidden dimensions, H query heads, I MLP channels, L layers.
 """
 
 from collections.abc import Callable, Iterator
