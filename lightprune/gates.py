@@ -5,7 +5,6 @@ Shapes: B sequences, T tokens, d hidden dimensions, L layers. Hidden states are 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -21,6 +20,12 @@ class Handle(Protocol):
 
     def remove(self) -> None:
         """Take it off."""
+
+
+def remove_all(handles: list[Handle]) -> None:
+    """Take everything off, the latest first, and leave the list empty."""
+    while handles:
+        handles.pop().remove()
 
 
 def gated(hidden_in: Tensor, hidden_out: Tensor, gate: Tensor, placement: Placement) -> Tensor:
@@ -67,31 +72,56 @@ def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Remo
 
 
 class ReplacedForward:
-    """Lets a module run `forward(stock_forward, *args)` in place of its own, until `remove` is called."""
+    """Lets a module run `forward(stock_forward, *args)` in place of its own, until `remove` is called.
+
+    The module's own may have been replaced already, by another part or by Liger and the like; they may be removed in
+    any order.
+    """
 
     def __init__(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
         self._module = module
-        module.forward = partial(forward, module.forward)
+        self._forward = forward
+        self._before = vars(module).get("forward")
+        self._stock_forward = module.forward
+        self._removed = False
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self._removed:  # and one that came later is still there
+            return cast(Tensor, self._stock_forward(*args, **kwargs))
+        return self._forward(self._stock_forward, *args, **kwargs)
 
     def remove(self) -> None:
         """Let the module run as it did."""
-        del self._module.forward
+        self._removed = True
+        forward = vars(self._module).get("forward")
+        while isinstance(forward, ReplacedForward) and forward._removed:
+            forward = forward._before
+        _put_back(self._module, forward)
+
+
+def _put_back(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Let a module run by a forward of the instance's own; None is the class's."""
+    if forward is None:
+        vars(module).pop("forward", None)
+    else:
+        module.forward = forward
 
 
 @contextmanager
 def replaced_forwards(layers: nn.ModuleList, forwards: Mapping[int, Callable[..., Tensor]]) -> Iterator[None]:
     """Run the layers in `forwards` by other functions inside the context; hooks on them still fire."""
-    replaced = [layers[index] for index in forwards]
-    for layer, forward in zip(replaced, forwards.values(), strict=True):
-        layer.forward = forward
+    before = {index: vars(layers[index]).get("forward") for index in forwards}
+    for index, forward in forwards.items():
+        layers[index].forward = forward
     try:
         yield
     finally:
-        for layer in replaced:
-            del layer.forward
+        for index, own in before.items():
+            _put_back(layers[index], own)
 
 
-class Bypass:
+class Bypass(ReplacedForward):
     """Leaves a layer out of the forward pass: hidden states go by it untouched, until `remove` is called.
 
     With a KV cache, the first layer, and the first of each kind of attention, are run and their output discarded: that
@@ -104,22 +134,15 @@ class Bypass:
     """
 
     def __init__(self, layer: nn.Module, index: int, when: Callable[[], bool] = lambda: True) -> None:
-        self._layer = layer
-        stock_forward = layer.forward
-
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(stock_forward: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if not when():
-                return cast(Tensor, stock_forward(hidden_states, *args, **kwargs))
+                return stock_forward(hidden_states, *args, **kwargs)
             caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
             if any(_is_measured(cache, index) for cache in caches):
                 stock_forward(hidden_states, *args, **kwargs)
             return hidden_states
 
-        layer.forward = forward
-
-    def remove(self) -> None:
-        """Let the layer run again; where several parts leave it out, they go together."""
-        vars(self._layer).pop("forward", None)
+        super().__init__(layer, forward)
 
 
 def _is_measured(cache: Cache, index: int) -> bool:

@@ -1,6 +1,6 @@
 """Masks that make a whole model compute what the cut model will: units scaled by alpha, norms over what is kept.
 
-Shapes: B sequences, T tokens, d hidden dimensions, H query heads of D dimensions, I MLP channels, L layers.
+Shapes: L layers.
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightprune.anatomy import Anatomy
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Run
 from lightprune.anatomy.base import Site
-from lightprune.gates import Bypass, Handle, change_input, change_output
+from lightprune.gates import Bypass, Handle, change_input, change_output, remove_all
 from lightprune.plan import PruningPlan
 from lightprune.surgery import kept_rows
 
@@ -50,8 +50,7 @@ class UnitMasks:
 
     def remove(self) -> None:
         """Take every hook off the model."""
-        while self._handles:
-            self._handles.pop().remove()
+        remove_all(self._handles)
 
     def _attach(self, site: Site) -> None:
         layer, stays = site.layer, site.layer not in self._plan.dropped_layers

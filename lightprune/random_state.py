@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lightprune.errors import ConfigError
+
 
 class RandomState(Callback):
     """Seeds the random generators before every training batch, from one seed and the batch's number.
@@ -18,11 +20,15 @@ class RandomState(Callback):
     of the data is the data module's business.
 
     Args:
-        seed: None takes PyTorch's initial seed (`seed_everything`). The checkpoint's goes before either.
+        seed: at least 0; None takes PyTorch's initial seed (`seed_everything`). The checkpoint's goes before either.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"RandomState.seed is {self.seed}: it must be at least 0, or null.")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.seed is None:

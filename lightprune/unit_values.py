@@ -1,11 +1,12 @@
 """Values of units: every layer, head, channel and hidden dimension counts for as much as its value says.
 
-Shapes: B sequences, T tokens, d hidden dimensions, H query heads of D dimensions, I MLP channels, L layers.
+Shapes: d hidden dimensions, H query heads, I MLP channels, L layers.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lightprune.anatomy import Anatomy
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS, Axis
 from lightprune.anatomy.base import Site, Writer
-from lightprune.gates import Bypass, Handle, ReplacedForward, change_input, change_output
+from lightprune.gates import Bypass, Handle, ReplacedForward, change_input, change_output, remove_all
 from lightprune.norms import norm_over
 
 # Gives the whole of a parameter, to be changed in place.
@@ -81,7 +82,7 @@ class UnitValues:
             self._attach(site)
         for writer in anatomy.writers():
             if values.layers is not None or values.hidden is not None:
-                self._handles.append(change_output(writer.module, self._scaled_by(self._of_writer, writer)))
+                self._handles.append(change_output(writer.module, _scaled_by(partial(self._of_writer, writer))))
         if values.layers is not None:
             self._handles += [Bypass(layer, i, self._is_closed(i)) for i, layer in enumerate(anatomy.layers)]
 
@@ -97,8 +98,7 @@ class UnitValues:
 
     def remove(self) -> None:
         """Take every hook off the model."""
-        while self._handles:
-            self._handles.pop().remove()
+        remove_all(self._handles)
 
     @torch.no_grad()
     def fold(self, edited: Edited = lambda parameter: nullcontext(parameter.detach())) -> None:
@@ -124,22 +124,14 @@ class UnitValues:
     def _attach(self, site: Site) -> None:
         values, module = self.values, site.module
         if (site.reads(HEADS) and values.heads is not None) or (site.reads(CHANNELS) and values.channels is not None):
-            self._handles.append(change_input(module, self._scaled_by(self._of_reader, site)))
+            self._handles.append(change_input(module, _scaled_by(partial(self._of_reader, site))))
         if values.hidden is not None and site.layer is None:
             if site.writes_hidden:
-                self._handles.append(change_output(module, self._scaled_by(self._of_stem, site)))
+                self._handles.append(change_output(module, _scaled_by(lambda: self.values.hidden)))
             if module is self._tied:
-                self._handles.append(change_input(module, self._scaled_by(self._of_stem, site)))
+                self._handles.append(change_input(module, _scaled_by(lambda: self.values.hidden)))
         if site.is_norm and (values.hidden if site.axes[0] == HIDDEN else values.heads) is not None:
             self._handles.append(ReplacedForward(module, self._norm(site)))
-
-    def _scaled_by(self, of: Callable[[Any], Tensor | None], place: Any) -> Callable[[Tensor], Tensor]:
-        def change(activation: Tensor) -> Tensor:
-            scale = of(place)
-            assert scale is not None
-            return scaled(activation, scale)
-
-        return change
 
     def _of_reader(self, site: Site) -> Tensor | None:
         """What each of the inputs [m] of an output projection counts for."""
@@ -155,9 +147,6 @@ class UnitValues:
         if layers is None:
             return hidden
         return layers[writer.layer] if hidden is None else hidden * layers[writer.layer]
-
-    def _of_stem(self, site: Site) -> Tensor | None:
-        return self.values.hidden
 
     def _is_closed(self, layer: int) -> Callable[[], bool]:
         return lambda: layer in self._closed
@@ -189,6 +178,17 @@ class UnitValues:
             return stock_forward(values) if kept is None else norm_over(site.module, values, kept)
 
         return forward
+
+
+def _scaled_by(scale_now: Callable[[], Tensor | None]) -> Callable[[Tensor], Tensor]:
+    """Multiplies an activation [..., n] by what a scale, [n] or [], is by then."""
+
+    def change(activation: Tensor) -> Tensor:
+        scale = scale_now()
+        assert scale is not None
+        return scaled(activation, scale)
+
+    return change
 
 
 def scaled(activation: Tensor, scale: Tensor) -> Tensor:

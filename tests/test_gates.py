@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightprune.anatomy import anatomy_of
-from lightprune.gates import Bypass, Placement, attach_gate, gated, replaced_forwards
+from lightprune.gates import Bypass, Placement, ReplacedForward, attach_gate, gated, replaced_forwards
 from tests.families import FAMILIES, left_padded, tiny_lm
 from tests.training import assert_equal, gradients
 
@@ -87,6 +87,35 @@ def test_bypass_does_not_compute_the_layer_unless_a_cache_is_measured_there() ->
         lm(input_ids=ids, use_cache=False)
     assert computed == [0, 1, *range(len(layers))]
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("patched", [True, False])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_a_forward_of_the_instance_comes_back(patched: bool, order: list[int]) -> None:
+    """Such as Liger's or accelerate's, patched on before."""
+    layers = nn.ModuleList([nn.Linear(3, 3)])
+    (layer,) = layers
+    stock, hidden = layer.forward, torch.randn(2, 3)
+    if patched:
+        layer.forward = lambda hidden: stock(hidden) + 1
+    own, expected = vars(layer).get("forward"), layer(hidden)
+    with replaced_forwards(layers, {0: lambda hidden: hidden - 1}):
+        assert torch.equal(layer(hidden), hidden - 1)
+    assert vars(layer).get("forward") is own
+
+    def doubled(forward: Any, hidden: Tensor) -> Any:
+        return 2 * forward(hidden)
+
+    handles = [ReplacedForward(layer, doubled), Bypass(layer, 0), ReplacedForward(layer, doubled)]
+    left = {0, 1, 2}
+    for index in order:
+        below = hidden if 1 in left else expected * (2 if 0 in left else 1)
+        torch.testing.assert_close(layer(hidden), below * (2 if 2 in left else 1))
+        handles[index].remove()
+        left.remove(index)
+    handles[0].remove()
+    assert vars(layer).get("forward") is own
+    assert torch.equal(layer(hidden), expected)
 
 
 def test_replaced_forwards_come_back_after_an_error() -> None:

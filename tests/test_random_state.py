@@ -4,8 +4,10 @@ import random
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from lightprune.errors import ConfigError
 from lightprune.random_state import RandomState, seed_generators
 from tests.training import Plain, Spy, batches, fit
 
@@ -41,6 +43,13 @@ def test_the_seed_is_that_of_the_run_and_travels_with_the_checkpoint() -> None:
     spy = Spy(draw, "on_before_zero_grad")
     fit(Plain(), [spy, resumed], batches(4), max_steps=4)
     assert spy.seen == by_default
+
+
+def test_refuses_a_seed_that_no_generator_takes() -> None:
+    spy = Spy(draw, "on_train_start")
+    with pytest.raises(ConfigError, match=r"RandomState\.seed is -1: it must be at least 0, or null"):
+        fit(Plain(), [spy, RandomState(-1)], batches(1), max_steps=1)
+    assert spy.seen == []
 
 
 def test_ranks_draw_differently() -> None:

@@ -82,6 +82,8 @@ class LoRARecovery(Part):
                 raise ConfigError(f"LoRARecovery.{key} is {getattr(self, key)}: it must be at least 1.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"LoRARecovery.dropout is {self.dropout}: it must be at least 0 and below 1.")
+        if self.seed < 0:
+            raise ConfigError(f"LoRARecovery.seed is {self.seed}: it must be at least 0.")
         self._targets()
 
     def advance(self, step: int) -> None:

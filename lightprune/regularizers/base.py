@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, cast
 from lightprune.anatomy import STRUCTURES, Structure
 from lightprune.cycle import Cycle
 from lightprune.errors import ConfigError
-from lightprune.gates import Handle
+from lightprune.gates import Handle, remove_all
 from lightprune.pipeline import Part, Stage
 from lightprune.plan import PruningPlan
 
@@ -89,8 +89,7 @@ class Regularizer(Part):
 
     def detach(self) -> None:
         self._attached = False
-        while self._handles:
-            self._handles.pop().remove()
+        remove_all(self._handles)
 
     def state_dict(self) -> dict[str, Any]:
         return {"began": self._began}

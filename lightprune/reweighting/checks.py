@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
@@ -14,22 +14,11 @@ from lightprune.reweighting.references import FITS_FROM, POINTS_FROM
 from lightprune.reweighting.robust import Array
 from lightprune.reweighting.scaling_law import MIN_POINTS
 
-
-class Settings(Protocol):
-    """The arguments of `DomainReweighting`."""
-
-    rule: Any
-    radius: float
-    floor: float
-    reference: Any
-    losses: Any
-    every: int
-    dynamic_ratio: bool
-    start: int
-    stop: int | None
+if TYPE_CHECKING:
+    from lightprune.reweighting.callback import DomainReweighting
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: "DomainReweighting") -> None:
     """Refuse values that no run could have.
 
     Raises:
@@ -55,7 +44,7 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def check_data(settings: Settings, trainer: L.Trainer) -> None:
+def check_data(settings: "DomainReweighting", trainer: L.Trainer) -> None:
     """Refuse a run whose data module or validation cannot give what the settings need.
 
     Raises:
@@ -121,7 +110,7 @@ def warn_of_rare_validation(trainer: L.Trainer, end: float) -> None:
         )
 
 
-def check_length(settings: Settings, end: float) -> None:
+def check_length(settings: "DomainReweighting", end: float) -> None:
     """Refuse a run whose end is not known where shares of its steps count, or that is too short for a fit.
 
     Args:

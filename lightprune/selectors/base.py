@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightprune.anatomy import Shape, Structure
 from lightprune.errors import ConfigError
-from lightprune.gates import Handle
+from lightprune.gates import Handle, remove_all
 from lightprune.pipeline import Part, Stage, Status
 from lightprune.plan import PruningPlan
 
@@ -96,8 +96,7 @@ class Selector(Part):
 
     def detach(self) -> None:
         self._open = False
-        while self._handles:
-            self._handles.pop().remove()
+        remove_all(self._handles)
 
     def _decide(self) -> None:
         plan = self.choose()

@@ -89,7 +89,7 @@ class HardConcreteSelector(Selector):
         super().__init__(start, stop, hold_weights)
         self.counts = Counts(type(self).__name__, heads, kv_groups, channels, hidden, multiple_of, layers)
         self.parameters = parameters
-        self.shrinking = structures
+        self.sharing = structures  # the budget of `parameters`; the property `structures` is what is decided about
         self.lr = lr
         self.multiplier_lr = multiplier_lr
         self.warmup = warmup
@@ -110,14 +110,19 @@ class HardConcreteSelector(Selector):
 
     @property
     def structures(self) -> frozenset[Structure]:
-        if self.parameters is not None:
-            chosen: set[Structure] = set(
-                self.pipeline.anatomy.family.structures if self.shrinking is None else self.shrinking
-            )
+        chosen: set[Structure]
+        if self.parameters is None:
+            chosen = set(self.counts.units)
+            if self.counts.layers is not None:
+                chosen.add("layers")
+        elif self.sharing is None:
+            chosen = set(self.pipeline.anatomy.family.structures)
         else:
-            chosen = {*self.counts.units}
-            chosen |= {"layers"} if self.counts.layers is not None else set()
-        return frozenset(chosen | {"heads", "kv_groups"} if chosen & {"heads", "kv_groups"} else chosen)
+            chosen = set(self.sharing)
+        attention: set[Structure] = {"heads", "kv_groups"}  # who decides about one decides about both
+        if chosen & attention:
+            chosen |= attention
+        return frozenset(chosen)
 
     @property
     def sparsity(self) -> float:
@@ -133,7 +138,7 @@ class HardConcreteSelector(Selector):
     def skips_layers(self) -> bool:  # asked before the model is there
         if self.parameters is None:
             return self.counts.layers is not None
-        return self.shrinking is None or "layers" in self.shrinking
+        return self.sharing is None or "layers" in self.sharing
 
     def check(self) -> None:
         super().check()
@@ -154,9 +159,9 @@ class HardConcreteSelector(Selector):
 
     def target(self, source: Shape) -> Shape:
         if self.parameters is None:
-            if self.shrinking is not None:
+            if self.sharing is not None:
                 raise ConfigError(
-                    f"HardConcreteSelector.structures is {list(self.shrinking)} without `parameters`: set `parameters` "
+                    f"HardConcreteSelector.structures is {list(self.sharing)} without `parameters`: set `parameters` "
                     "to the budget that they share, or leave `structures` out."
                 )
             shape = self.counts.of(source)
@@ -348,7 +353,7 @@ class HardConcreteSelector(Selector):
         if asked.multiple_of < 1:
             raise ConfigError(f"HardConcreteSelector.multiple_of is {asked.multiple_of}: it must be at least 1.")
         possible = [s for s in STRUCTURES if s in {*anatomy.family.structures, "kv_groups"}]
-        structures = possible if self.shrinking is None else list(self.shrinking)
+        structures = possible if self.sharing is None else list(self.sharing)
         unknown = [structure for structure in structures if structure not in possible]
         if unknown or not structures:
             raise ConfigError(

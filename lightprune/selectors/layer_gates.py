@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from lightprune.errors import ConfigError
-from lightprune.gates import Bypass, Placement, attach_gate
+from lightprune.gates import Bypass, Placement, attach_gate, remove_all
 from lightprune.pipeline import Status
 from lightprune.selectors.base import LayerSelector, lowest
-
-_SAVED = ("gates", "adam", "dropped", "history", "round_steps", "stable_steps", "smallest")
 
 
 class LayerGateSelector(LayerSelector):
@@ -70,14 +68,13 @@ class LayerGateSelector(LayerSelector):
         self.placement: Placement = placement
         self.restart = restart
         self.patience = patience
-        self._saved: dict[str, Any] | None = None
         self._forget()
 
     def _forget(self) -> None:
         """Stand before the first round."""
         self._gates = torch.empty(0)
         self._adam: torch.optim.Adam | None = None
-        self._dropped: list[int] = []
+        self._saved: dict[str, Any] | None = None
         self._history: list[dict[str, Any]] = []
         self._round_steps = 0
         self._stable_steps = 0
@@ -89,7 +86,7 @@ class LayerGateSelector(LayerSelector):
                 raise ConfigError(f"LayerGateSelector.{key} is {getattr(self, key)}: it must be at least 0.")
         if self.steps_per_round < 1:
             raise ConfigError(f"LayerGateSelector.steps_per_round is {self.steps_per_round}: it must be at least 1.")
-        if self.rounds != self.drop and not 1 <= self.rounds < self.drop:
+        if not 1 <= self.rounds <= self.drop:
             raise ConfigError(
                 f"LayerGateSelector.rounds is {self.rounds}: it must be from 1 to drop={self.drop}, or null."
             )
@@ -114,16 +111,17 @@ class LayerGateSelector(LayerSelector):
     @property
     def remaining(self) -> list[int]:
         """The layers that still have a gate."""
-        return [index for index in self.candidates if index not in self._dropped]
+        dropped = self._dropped
+        return [index for index in self.candidates if index not in dropped]
+
+    @property
+    def _dropped(self) -> list[int]:
+        return [index for entry in self._history for index in entry["dropped"]]
 
     def watch(self) -> None:
         if self._adam is None:
             self._start_gates()
-        if self._saved is not None:
-            self._restore(self._saved)
-        for index in self._dropped:
-            self._handles.append(Bypass(self.pipeline.anatomy.layers[index], index))
-        self._attach_remaining()
+        self._attach()
 
     def penalty(self) -> Tensor | None:
         if not self._open or not self.l1:
@@ -182,24 +180,25 @@ class LayerGateSelector(LayerSelector):
             {"steps": self._round_steps, "dropped": dropped, "gates": {str(i): v for i, v in seen.items()}}
         )
         self.pipeline.log({f"select/gate/layer_{i:02d}": value for i, value in seen.items()})
-        self._dropped = self._dropped + dropped
         self._round_steps = self._stable_steps = 0
         self._smallest = []
-        while self._handles:
-            self._handles.pop().remove()
+        remove_all(self._handles)
         if self.restart:
             self._start_gates()
-        for index in self._dropped:
-            self._handles.append(Bypass(self.pipeline.anatomy.layers[index], index))
-        self._attach_remaining()
+        self._attach()
 
     def _start_gates(self) -> None:
         device = self.pipeline.lm.device
         self._gates = torch.ones(self.pipeline.anatomy.num_layers, device=device, requires_grad=True)
         self._adam = torch.optim.Adam([self._gates], lr=self.lr)
+        if self._saved is not None:
+            self._gates.data.copy_(self._saved["gates"])
+            self._adam.load_state_dict(self._saved["adam"])
+            self._saved = None
 
-    def _attach_remaining(self) -> None:
+    def _attach(self) -> None:
         layers = self.pipeline.anatomy.layers
+        self._handles += [Bypass(layers[index], index) for index in self._dropped]
         self._handles += [attach_gate(layers[index], self._gates, index, self.placement) for index in self.remaining]
 
     def scores_state(self) -> dict[str, Any]:
@@ -210,7 +209,6 @@ class LayerGateSelector(LayerSelector):
         return {
             "gates": self._gates.detach().clone(),
             "adam": self._adam.state_dict(),
-            "dropped": self._dropped,
             "history": self._history,
             "round_steps": self._round_steps,
             "stable_steps": self._stable_steps,
@@ -219,13 +217,7 @@ class LayerGateSelector(LayerSelector):
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:
         self._forget()
-        self._saved = {name: state[name] for name in _SAVED} if "gates" in state else None
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        assert self._adam is not None
-        self._gates.data.copy_(state["gates"])
-        self._adam.load_state_dict(state["adam"])
-        self._dropped, self._history = state["dropped"], state["history"]
-        self._round_steps, self._stable_steps = state["round_steps"], state["stable_steps"]
-        self._smallest = state["smallest"]
-        self._saved = None
+        if "gates" in state:
+            self._saved = dict(state)
+            self._history, self._smallest = state["history"], state["smallest"]
+            self._round_steps, self._stable_steps = state["round_steps"], state["stable_steps"]

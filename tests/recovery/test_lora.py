@@ -373,6 +373,7 @@ def refused(*callbacks: Callback) -> str:
         ({"alpha": -2}, ["LoRARecovery.alpha is -2", "at least 1"]),
         ({"dropout": 1.0}, ["LoRARecovery.dropout is 1.0", "below 1"]),
         ({"dropout": -0.1}, ["LoRARecovery.dropout is -0.1"]),
+        ({"seed": -1}, ["LoRARecovery.seed is -1", "at least 0"]),
         ({"target_modules": ["q_proj", "lm_head"]}, ["'lm_head'", "self_attn.q_proj", "all-linear"]),
         ({"target_modules": ["proj"]}, ["'proj'"]),
         ({"target_modules": []}, ["target_modules", "''"]),
