@@ -58,7 +58,7 @@ def _check_windows(pipeline: "Pipeline") -> None:
     """Refuse selectors that would decide from less than their window, in a run that goes on from one without them."""
     for selector in pipeline.selectors:
         missed = selector.needs_batches and selector.start < pipeline.step
-        if missed and selector.plan is None and not selector.resumed:
+        if missed and selector.plan is None and not selector.opened:
             name = type(selector).__name__
             raise ConfigError(
                 f"{name}.start is {selector.start}, and this run goes on from step {pipeline.step} of one without "

@@ -85,7 +85,7 @@ def fit(
 class Spy(Callback):
     """Calls `look(trainer, module)` at one hook and keeps what it returns.
 
-    Put it first among the callbacks, and it sees a step before the parts move on.
+    It sees a step before the parts move on.
     """
 
     def __init__(self, look: Callable[[L.Trainer, L.LightningModule], Any], hook: str = "on_train_batch_end") -> None:

@@ -24,7 +24,7 @@ from lightprune.reweighting.checks import (
     check_validated,
     initial_ratio,
     warn_of_equal_shares,
-    warn_of_rare_validation,
+    warn_of_rare_updates,
 )
 from lightprune.reweighting.history import History
 from lightprune.reweighting.losses import DomainBatch, SampleLosses, TrainingLosses
@@ -108,7 +108,6 @@ class DomainReweighting(FinishingCallback):
         self._watched: dict[str, SampleLosses] = {}
         self._validated: Array | None = None  # the losses of a validation that no update has used yet
         self._validation_due = False
-        self._checked = False  # whether a validation has shown every domain
         self._parameters_at_start = 0
         self._end = math.inf
         self._step = 0
@@ -144,7 +143,7 @@ class DomainReweighting(FinishingCallback):
         if self.losses == "training":
             self._watched["training"] = SampleLosses(self._lm, lambda: trainer.training and torch.is_grad_enabled())
         self._parameters_at_start = parameter_count(self._lm)
-        self._validated, self._validation_due, self._checked = None, False, False
+        self._validated, self._validation_due = None, False
         self._ready = True
         if not self._loaded:
             self.history = History(HISTORY)
@@ -164,13 +163,11 @@ class DomainReweighting(FinishingCallback):
             )
         if self.dynamic_ratio:
             warn_of_equal_shares(self._mixer.initial)
-        if self.losses == "validation":
-            warn_of_rare_validation(trainer, self._end)
+        warn_of_rare_updates(self, trainer, self._end)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the source model, unless a validation before the first step has done so; see all domains there."""
-        unseen = self.losses == "validation" and not self._checked and trainer.global_step == 0
-        if self._source_wanted(trainer) or unseen:
+        """Measure the source model, unless a validation before the first step has done so."""
+        if self._source_wanted(trainer):
             run_validation(trainer)
 
     # Training.
@@ -291,7 +288,6 @@ class DomainReweighting(FinishingCallback):
         found = self._validation.compute()
         losses = np.array([float(found.get(f"loss/{name}", math.nan)) for name in self._domains])
         check_validated(losses, self._mixer.initial, self._domains)
-        self._checked = True
         if self._source_wanted(trainer):
             assert isinstance(self._reference, FixedReference)
             self._reference.losses = losses

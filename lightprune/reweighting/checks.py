@@ -100,9 +100,14 @@ def warn_of_equal_shares(ratio: Array) -> None:
         )
 
 
-def warn_of_rare_validation(trainer: L.Trainer, end: float) -> None:
-    """Say that the trainer's own validations lie beyond the end of the run."""
-    if (trainer.val_check_batch or 0) > end * trainer.accumulate_grad_batches:
+def warn_of_rare_updates(settings: "DomainReweighting", trainer: L.Trainer, end: float) -> None:
+    """Say that the first update lies beyond the end, `end`, of the run or the callback's window."""
+    if settings.losses == "training" and end - settings.start < settings.every:
+        rank_zero_warn(
+            f"DomainReweighting.every is {settings.every}, and from its start the run has {end - settings.start:.0f} "
+            "steps: there will be no update. Set it to less."
+        )
+    if settings.losses == "validation" and (trainer.val_check_batch or 0) > end * trainer.accumulate_grad_batches:
         rank_zero_warn(
             "DomainReweighting.losses is 'validation', and trainer.val_check_interval is "
             f"{trainer.val_check_interval}, beyond the end of the run: no weights move but at cuts that validate. Set "
@@ -132,11 +137,6 @@ def check_length(settings: "DomainReweighting", end: float) -> None:
             f"DomainReweighting.start is {settings.start}, and the run ends at step {end:.0f}: set it to less."
         )
     steps = end - settings.start
-    if settings.losses == "training" and steps < settings.every:
-        raise ConfigError(
-            f"DomainReweighting.every is {settings.every}, and from its start the run has {steps:.0f} steps: set it to "
-            "less, for the first update to come."
-        )
     if dynamic and settings.losses == "training" and steps * (1 - POINTS_FROM) // settings.every < MIN_POINTS + 1:
         most = int(steps * (1 - POINTS_FROM)) // (MIN_POINTS + 1)
         better = max(int(steps * (FITS_FROM - POINTS_FROM)) // MIN_POINTS, 1)

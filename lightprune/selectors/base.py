@@ -26,7 +26,7 @@ class Selector(Part):
 
     Attributes:
         plan: what stays of this selector's structures; None until it is decided.
-        resumed: whether a checkpoint said how far this selector had come.
+        opened: whether the window has been open, in this fit, in one before, or in the run of a checkpoint.
     """
 
     stage = Stage.SELECT
@@ -37,7 +37,7 @@ class Selector(Part):
         self.stop = stop
         self.hold_weights = hold_weights
         self.plan: PruningPlan | None = None
-        self.resumed = False
+        self.opened = False
         self._open = False
         self._handles: list[Handle] = []
 
@@ -83,7 +83,7 @@ class Selector(Part):
         if self.plan is not None or step < self.start or self.cycle is not self.pipeline.cycle:
             return
         if not self._open and self.stop > self.start:
-            self._open = True
+            self._open = self.opened = True
             if self.hold_weights:
                 self.pipeline.hold_weights()
             self.watch()
@@ -113,7 +113,7 @@ class Selector(Part):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.plan = None if state_dict["plan"] is None else PruningPlan.from_dict(state_dict["plan"])
-        self.resumed = True
+        self.opened = True
         self.load_scores_state(state_dict)
 
     def scores_state(self) -> dict[str, Any]:

@@ -137,8 +137,13 @@ class LayerGateSelector(LayerSelector):
         smallest = self._smallest_gates()
         self._stable_steps = self._stable_steps + 1 if smallest == self._smallest else 0
         self._smallest = smallest
-        if self._round_is_over():  # here, where steps are counted: a batch of manual optimization may have several
+        if self._round_is_over() and not self.pipeline.module.automatic_optimization:
+            self._end_round()  # the batch may have further steps
+
+    def advance(self, step: int) -> None:
+        if self._open and self._round_is_over():
             self._end_round()
+        super().advance(step)
 
     def settled(self) -> bool:
         return self.round == self.rounds

@@ -92,6 +92,18 @@ def test_a_domain_without_validation_data(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "run", "said"),
+    [
+        ({}, {}, "every is 50, and from its start the run has 12 steps"),
+        ({"losses": "validation"}, {"val_check_interval": 1000, "check_val_every_n_epoch": None}, "is 1000, beyond"),
+    ],
+)
+def test_no_update_to_come_is_said(folder: Path, options: dict[str, Any], run: dict[str, Any], said: str) -> None:
+    with pytest.warns(UserWarning, match=said):
+        fit(folder, [DomainReweighting(**options)], **run)
+
+
 def test_a_single_domain(folder: Path) -> None:
     data = text_data(folder, weights={"easy": 1, "hard": 0, "middle": 0})
     refused(folder, "two domains with a weight above 0.*data.weights", {}, data=data)
