@@ -375,7 +375,7 @@ def refused(*callbacks: Callback) -> str:
         ({"dropout": -0.1}, ["LoRARecovery.dropout is -0.1"]),
         ({"target_modules": ["q_proj", "lm_head"]}, ["'lm_head'", "self_attn.q_proj", "all-linear"]),
         ({"target_modules": ["proj"]}, ["'proj'"]),
-        ({"target_modules": []}, ["target_modules", "''"]),
+        ({"target_modules": []}, ["target_modules", "is empty"]),
         ({"target_modules": "input_layernorm"}, ["'input_layernorm'"]),
     ],
 )
