@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_number
 from lightprune.host import callbacks_of, run_validation
 from lightprune.pipeline import Part, Stage
 from lightprune.plan import PruningPlan
@@ -55,6 +55,9 @@ class StructuredCut(Part):
     def done(self) -> bool:
         """Whether the model is cut."""
         return self.plan is not None
+
+    def check_settings(self) -> None:
+        check_number(self, "at", self.at, whole=True, least=0)
 
     def check(self) -> None:
         pipeline, max_steps = self.pipeline, self.pipeline.trainer.max_steps

@@ -43,6 +43,19 @@ def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
     return next(iter(found.items()))
 
 
+def check_causal_lm(lm: object, wanted_by: str) -> None:
+    """Refuse what is no Hugging Face model.
+
+    Raises:
+        ConfigError: it names what wants one.
+    """
+    if not isinstance(lm, PreTrainedModel):
+        raise ConfigError(
+            f"{wanted_by} takes a Hugging Face causal LM, and `lm` is of type {type(lm).__name__}: give it the "
+            "PreTrainedModel itself."
+        )
+
+
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
     """Write metrics to the trainer's loggers at the current optimizer step."""
     for logger in trainer.loggers:

@@ -194,11 +194,15 @@ def _readable_errors(uri: str | Path, wanted: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".:")
-        raise ConfigError(
-            f"Could not load {wanted} from {str(uri)!r}: {reason}; name {_KINDS} that holds one."
-        ) from error
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].rstrip(".:").replace(". ", "; ")
+        if isinstance(error, ImportError):
+            advice = "install what it needs, or choose another `attn_implementation` or `model`"
+        elif "attn_implementation" in reason:
+            advice = "set `attn_implementation` to one of these, or to null"
+        else:
+            advice = f"name {_KINDS} that holds one"
+        raise ConfigError(f"Could not load {wanted} from {str(uri)!r}: {reason}; {advice}.") from error
 
 
 @contextmanager

@@ -72,6 +72,9 @@ class Part(Callback):
         """The cycle of select, regularize and cut that this part belongs to: by default the one that the run is in."""
         return self.pipeline.cycle_of(self)
 
+    def check_settings(self) -> None:
+        """Refuse, with a ConfigError, values that no run could have; called before anything compares them."""
+
     def check(self) -> None:
         """Refuse, with a ConfigError, settings that cannot work; the model is there, nothing is trained yet."""
 
@@ -161,6 +164,8 @@ class Pipeline:
         self.trainer = trainer
         self.module = module
         self.fitting = stage == "fit"
+        for part in _parts_of(trainer):
+            part.check_settings()
         self.parts = sorted(_parts_of(trainer), key=lambda part: (part.stage, part.begins))
         self.cycles = cycles_of(self.selectors, self.cuts)
         self.engine = strategies.engine_of(trainer)

@@ -378,9 +378,15 @@ class PruningPlan:
         Raises:
             ConfigError: there is no such file, or it is not a pruning plan.
         """
-        if not Path(path).is_file():
+        if not isinstance(path, str | Path) or not Path(path).is_file():
             raise ConfigError(f"There is no pruning plan at {str(path)!r}: name an existing JSON file in `path`.")
-        return cls.from_json(Path(path).read_text())
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"The file {str(path)!r} is no pruning plan, for it holds no text: name a JSON file in `path`."
+            ) from error
+        return cls.from_json(text)
 
 
 def apply_to_config(config: PretrainedConfig, plan: PruningPlan, anatomy: Anatomy) -> None:

@@ -1,6 +1,7 @@
 """Invariant 7: what cannot work is refused in one sentence, before the first step, and everything is left as it was."""
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,19 +13,29 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lightprune import (
+    ActivationUnitSelector,
     BlockInfluenceSelector,
     ConfigError,
     DifferencePenalty,
     GateAnnealing,
     GreedyPerplexitySelector,
+    GroupNormPenalty,
+    HardConcreteSelector,
     LayerGateSelector,
+    LoRARecovery,
+    MagnitudeUnitSelector,
     PlanFromFile,
+    ProximalGroupLasso,
     PruningPlan,
     RandomSelector,
+    RandomUnitSelector,
     Recovery,
     StructuredCut,
+    TaylorUnitSelector,
+    export_hf,
 )
 from lightprune.anatomy import Shape, anatomy_of
+from lightprune.selectors import Selector
 from tests.families import tiny_lm
 from tests.training import Plain, assert_equal, batches, fit, trainer_for, weights
 
@@ -92,6 +103,14 @@ CASES: dict[str, tuple[Callable[[], NoStep], Callable[[], list[Callback]], dict[
         NoStep, lambda: [RandomSelector(drop=5, protect_first=1, protect_last=1)], {}, r"drop is 5.*from 1 to 4",
     ),
     "drop all": (NoStep, lambda: [BlockInfluenceSelector(drop=6)], {}, r"drop is 6.*from 1 to 5"),
+    "drop where all are protected": (
+        NoStep, lambda: [RandomSelector(drop=1, protect_first=4, protect_last=3)], {},
+        r"drop is 1.*6 of them protected, so none can go; protect fewer layers",
+    ),
+    "drop of the only layer": (
+        lambda: NoStep(tiny_lm(num_layers=1)), lambda: [RandomSelector(drop=1)], {},
+        r"has 1 layers.*so none can go; leave RandomSelector out",
+    ),
     "drop none": (NoStep, lambda: [GreedyPerplexitySelector(drop=0)], {}, r"drop is 0.*from 1 to 5"),
     "negative protection": (NoStep, lambda: [RandomSelector(drop=1, protect_last=-1)], {}, r"protect_last is -1"),
     "reversed window of a selector": (
@@ -193,6 +212,12 @@ CASES: dict[str, tuple[Callable[[], NoStep], Callable[[], list[Callback]], dict[
         {"max_steps": -1, "max_epochs": 1},
         r"Recovery.decay is 'cosine'.*max_steps",
     ),
+    "a warm-up beyond the end of the run": (
+        NoStep,
+        lambda: [RandomSelector(drop=1), StructuredCut(at=8), Recovery(lr=1.0, warmup_steps=3)],
+        {},
+        r"warmup_steps is 3.*from the cut at 8 to trainer.max_steps 10 there are 2 steps.*at most 2",
+    ),
     "two selectors": (
         NoStep,
         lambda: [RandomSelector(drop=1), BlockInfluenceSelector(drop=1)],
@@ -239,6 +264,114 @@ CASES: dict[str, tuple[Callable[[], NoStep], Callable[[], list[Callback]], dict[
         r"after 5 optimizer steps \(1 epochs\), before the cut at 8",
     ),
 }  # fmt: skip
+
+
+Make = Callable[..., Callback]
+
+# A part whose one setting is bad; what misses a cut or a selector gets them.
+CHOICES: list[tuple[Make, str, str]] = [
+    (partial(LayerGateSelector, drop=1), "placement", "residual, output"),
+    (partial(ActivationUnitSelector, channels=24), "metric", "mean, l2, fluctuation"),
+    (partial(TaylorUnitSelector, channels=24), "accumulate", "squared, absolute"),
+    (partial(MagnitudeUnitSelector, channels=24), "norm", "l1, l2"),
+    (DifferencePenalty, "norm", "l1, l2"),
+    (DifferencePenalty, "ramp", "constant, linear"),
+    (DifferencePenalty, "order", "joint, first_to_last, last_to_first"),
+    (GroupNormPenalty, "norm", "l1, l2"),
+    (GroupNormPenalty, "ramp", "constant, linear"),
+    (GateAnnealing, "shape", "linear, cosine"),
+    (GateAnnealing, "order", "joint, first_to_last, last_to_first"),
+    (partial(Recovery, lr=1.0), "decay", "constant, linear, cosine"),
+]
+
+NAN, INFINITY = float("nan"), float("inf")
+NUMBERS: list[tuple[Make, str, tuple[Any, ...], str]] = [
+    (RandomSelector, "drop", (True, "1", 1.5, None), "a whole number"),
+    (LayerGateSelector, "drop", (True, "1", 1.5, None), "a whole number"),
+    (partial(RandomSelector, drop=1), "start", (0.5, "0", None), "a whole number, at least 0"),
+    (partial(RandomSelector, drop=1), "seed", (0.5, "x"), "a whole number"),
+    (partial(RandomSelector, drop=1), "protect_first", (True, "1"), "a whole number, at least 0"),
+    (partial(BlockInfluenceSelector, drop=1), "stop", (2.5, "4", None), "a whole number"),
+    (partial(LayerGateSelector, drop=1), "l1", (NAN, INFINITY, "1"), "a finite number, at least 0"),
+    (partial(LayerGateSelector, drop=1), "lr", (0, 0.0), "above 0"),
+    (partial(LayerGateSelector, drop=1), "start", (0.5, "0"), "a whole number"),
+    (partial(LayerGateSelector, drop=1), "rounds", (0.5, "1", True), "a whole number, or null"),
+    (partial(LayerGateSelector, drop=1), "steps_per_round", (1.5, "2", None), "a whole number"),
+    (partial(LayerGateSelector, drop=1), "patience", (1.5, True), "a whole number, at least 1, or null"),
+    (RandomUnitSelector, "channels", (True, "32", [32]), "a count from 1 to 48, or a ratio"),
+    (RandomUnitSelector, "heads", (False, "2"), "a count from 1 to 4, or a ratio"),
+    (partial(RandomUnitSelector, channels=0.5), "multiple_of", (1.5, "8", True), "a whole number, at least 1"),
+    (partial(RandomUnitSelector, channels=24), "seed", ("x",), "a whole number"),
+    (partial(HardConcreteSelector, 4), "parameters", ("0.5", True, NAN), "a whole number below .* or a ratio"),
+    (partial(HardConcreteSelector, 4, parameters=0.5), "multiple_of", (1.5,), "a whole number, at least 1"),
+    (partial(HardConcreteSelector, 4, layers=3), "lr", (NAN, "1"), "a finite number, above 0"),
+    (partial(HardConcreteSelector, 4, layers=3), "warmup", (-0.1, 1.5), "at least 0 and at most 1"),
+    (partial(HardConcreteSelector, 4, layers=3), "seed", (0.5,), "a whole number, at least 0"),
+    (DifferencePenalty, "strength", (NAN, INFINITY, "1"), "a finite number, at least 0"),
+    (GroupNormPenalty, "strength", (NAN, True), "a finite number, at least 0"),
+    (ProximalGroupLasso, "strength", (INFINITY, "1"), "a finite number, at least 0, or null"),
+    (GateAnnealing, "start", (0.5, "1"), "a whole number, at least 0, or null"),
+    (GateAnnealing, "stop", (2.5, "4"), "a whole number, or null"),
+    (StructuredCut, "at", (2.5, "4", None, NAN), "a whole number, at least 0"),
+    (Recovery, "lr", (NAN, "1e-3", None), "a finite number, at least 0"),
+    (partial(Recovery, lr=1.0), "warmup_steps", (1.5, "2"), "a whole number, at least 0"),
+    (partial(Recovery, lr=1.0), "final_ratio", (1.5, -0.5), "at least 0 and at most 1"),
+    (LoRARecovery, "r", (2.5, "8", True), "a whole number, at least 1"),
+    (LoRARecovery, "dropout", (NAN, "0"), "a finite number, at least 0 and below 1"),
+]
+
+
+def sentence_about(make: Make, setting: dict[str, Any]) -> str:
+    """What a run with a part of this setting is refused with: one sentence, before the first step."""
+
+    def run() -> None:
+        part = make(**setting)
+        selector = [] if isinstance(part, Selector) else [RandomSelector(drop=1)]
+        cut = [] if isinstance(part, StructuredCut) else [StructuredCut(at=60)]
+        trainer_for([*selector, *cut, part], 70).fit(NoStep(), batches(1))
+
+    with pytest.raises(ConfigError) as error:
+        run()
+    text = str(error.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    assert ". " not in text
+    return text
+
+
+@pytest.mark.parametrize(("make", "key", "allowed"), CHOICES)
+def test_misspelt_choices(make: Make, key: str, allowed: str) -> None:
+    assert sentence_about(make, {key: "typo"}).endswith(f".{key} is 'typo': it must be one of {allowed}.")
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "value", "allowed"),
+    [(make, key, value, allowed) for make, key, values, allowed in NUMBERS for value in values],
+)
+def test_numbers_that_are_none(make: Make, key: str, value: Any, allowed: str) -> None:
+    start = re.escape(f"{key} is {value!r}: ")
+    assert re.search(rf"^\w+\.{start}.*must be {allowed}", sentence_about(make, {key: value}))
+
+
+def test_a_selector_that_selects_nothing_is_told_all_it_could() -> None:
+    said = sentence_about(HardConcreteSelector, {"stop": 4})
+    assert all(f"`{key}`" in said for key in ("layers", "heads", "kv_groups", "channels", "hidden", "parameters"))
+
+
+@pytest.mark.parametrize(("names", "found"), [([], "empty"), (None, "None"), (3, "3")])
+def test_adapters_of_nothing(names: Any, found: str) -> None:
+    pytest.importorskip("peft")
+    assert f"target_modules is {found}: name at least one of " in sentence_about(
+        LoRARecovery, {"target_modules": names}
+    )
+
+
+def test_what_is_no_model(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match="anatomy_of takes a Hugging Face causal LM, and `lm` is of type NoneType"):
+        anatomy_of(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="export_hf takes a Hugging Face causal LM, and `lm` is of type Linear"):
+        export_hf(nn.Linear(2, 2), tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
 
 
 def attached(owner: Any) -> dict[str, Any]:
@@ -348,6 +481,13 @@ def test_a_file_that_is_no_plan(text: str | None, message: str, tmp_path: Any) -
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         trainer_for([PlanFromFile(str(path))], 5).fit(NoStep(), batches(5))
+
+
+def test_a_path_that_leads_to_no_text(tmp_path: Any) -> None:
+    path = tmp_path / "plan.bin"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    assert "plan.bin' is no pruning plan" in sentence_about(PlanFromFile, {"path": str(path)})
+    assert "no pruning plan at 'None'" in sentence_about(PlanFromFile, {"path": None})
 
 
 def test_a_run_of_unknown_length_may_contain_the_cut() -> None:

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,14 @@ def test_dtype_and_attention(saved: Path) -> None:
     assert lm.config._attn_implementation == "eager"
     with pytest.raises(ConfigError, match=r"dtype 'int8' is unknown.*float32, bfloat16, float16"):
         load_causal_lm(saved, dtype="int8")
+    with pytest.raises(ConfigError, match=r"Specified `attn_implementation=\"flex\"`.*; set `attn_implementation` to"):
+        load_causal_lm(saved, attn_implementation="flex")
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="what would be missing is there")
+def test_a_package_that_is_missing(saved: Path) -> None:
+    with pytest.raises(ConfigError, match=r"FlashAttention2.*; install what it needs, or.*`attn_implementation`"):
+        load_causal_lm(saved, attn_implementation="flash_attention_2")
 
 
 def drop_a_weight(weights: dict[str, torch.Tensor]) -> None:

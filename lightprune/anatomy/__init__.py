@@ -14,6 +14,7 @@ from lightprune.anatomy.opt import OPT
 from lightprune.anatomy.phi import PHI
 from lightprune.anatomy.phi3 import PHI3
 from lightprune.errors import ConfigError
+from lightprune.host import check_causal_lm
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
@@ -35,8 +36,9 @@ def anatomy_of(lm: PreTrainedModel) -> Anatomy:
     """The anatomy of a causal LM.
 
     Raises:
-        ConfigError: the model's family has no declaration.
+        ConfigError: it is no model, or its family has no declaration.
     """
+    check_causal_lm(lm, "anatomy_of")
     model_type = lm.config.model_type
     if model_type not in _BY_MODEL_TYPE:
         known = ", ".join(sorted(_BY_MODEL_TYPE))

@@ -13,6 +13,7 @@ from lightprune.export.card import Card, model_card
 from lightprune.export.convert import outgoing
 from lightprune.export.verify import verify_export
 from lightprune.expressible import is_tied
+from lightprune.host import check_causal_lm
 from lightprune.hub import Dtype, torch_dtype, without_progress_bars
 from lightprune.plan import PruningPlan
 
@@ -68,9 +69,10 @@ def export_hf(
         dtype: dtype of the exported weights; None keeps that of the model.
 
     Raises:
-        ConfigError: `path` is taken, `dtype` is unknown, or no stock class can hold the model.
+        ConfigError: `lm` is no model, `path` is taken, `dtype` is unknown, or no stock class can hold the model.
         RuntimeError: the reloaded model is not the same; nothing is left at `path`.
     """
+    check_causal_lm(lm, "export_hf")
     target = check_target(path, overwrite=overwrite)
     weights_dtype = lm.dtype if dtype is None else torch_dtype(dtype)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
 """`Recovery`: the learning rate of what is left."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.pipeline import Part, Stage, Status
 
 Decay = Literal["constant", "linear", "cosine"]
@@ -31,15 +31,25 @@ class Recovery(Part):
         self.final_ratio = final_ratio
         self._ratios: list[list[float]] | None = None
 
+    def check_settings(self) -> None:
+        check_number(self, "lr", self.lr, least=0)
+        check_number(self, "warmup_steps", self.warmup_steps, whole=True, least=0)
+        check_number(self, "final_ratio", self.final_ratio, least=0, most=1)
+        check_choice(self, "decay", self.decay, get_args(Decay))
+
     def check(self) -> None:
-        if self.pipeline.cut is None:
+        cut, max_steps = self.pipeline.cut, self.pipeline.trainer.max_steps
+        if cut is None:
             raise ConfigError(
                 "Recovery counts from the cut, and there is none: add a StructuredCut to trainer.callbacks."
             )
-        for key in ("lr", "warmup_steps", "final_ratio"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"Recovery.{key} is {getattr(self, key)}: it must be at least 0.")
-        if self.decay != "constant" and self.pipeline.trainer.max_steps == -1:
+        left = max_steps - cut.at
+        if max_steps != -1 and self.warmup_steps > left:
+            raise ConfigError(
+                f"Recovery.warmup_steps is {self.warmup_steps}, and from the cut at {cut.at} to trainer.max_steps "
+                f"{max_steps} there are {left} steps: set it to at most {left}, or raise trainer.max_steps."
+            )
+        if self.decay != "constant" and max_steps == -1:
             raise ConfigError(
                 f"Recovery.decay is {self.decay!r} and trainer.max_steps is -1: set trainer.max_steps, the step at "
                 "which the decay ends, or Recovery.decay=constant."

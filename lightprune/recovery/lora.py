@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from torch.optim import Optimizer
 
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_number
 from lightprune.pipeline import Part, Stage
 
 if TYPE_CHECKING:
@@ -71,19 +71,18 @@ class LoRARecovery(Part):
         super().setup(trainer, pl_module, stage)
         self.pipeline._wrap(trainer.strategy, self.pipeline.engine.makes_optimizers, self._make_optimizers)
 
+    def check_settings(self) -> None:
+        check_number(self, "r", self.r, whole=True, least=1)
+        check_number(self, "alpha", self.alpha, whole=True, least=1)
+        check_number(self, "dropout", self.dropout, least=0, below=1)
+        check_number(self, "seed", self.seed, whole=True, least=0)
+
     def check(self) -> None:
         _require_peft()
         if self.pipeline.cut is None:
             raise ConfigError(
                 "LoRARecovery begins at the cut, and there is none: add a StructuredCut to trainer.callbacks."
             )
-        for key in ("r", "alpha"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"LoRARecovery.{key} is {getattr(self, key)}: it must be at least 1.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"LoRARecovery.dropout is {self.dropout}: it must be at least 0 and below 1.")
-        if self.seed < 0:
-            raise ConfigError(f"LoRARecovery.seed is {self.seed}: it must be at least 0.")
         self._targets()
 
     def advance(self, step: int) -> None:
@@ -178,7 +177,13 @@ class LoRARecovery(Part):
         if self.target_modules == ALL:
             return available
         names = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
-        for name in names or [""]:
+        if not isinstance(names, Sequence) or not names:
+            found = "empty" if names == [] else repr(names)
+            raise ConfigError(
+                f"LoRARecovery.target_modules is {found}: name at least one of {', '.join(available)}, or set it to "
+                f"{ALL}."
+            )
+        for name in names:
             if not any(_is_called(path, name) for path in available):
                 raise ConfigError(
                     f"LoRARecovery.target_modules names {name!r}, which is no projection of a layer: choose from "

@@ -1,11 +1,11 @@
 """Gate annealing: the contribution of what goes is taken from 1 to 0, so that the cut itself changes nothing."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_choice
 from lightprune.gates import Bypass, attach_gate
 from lightprune.masking import UnitMasks
 from lightprune.pipeline import Status
@@ -47,6 +47,11 @@ class GateAnnealing(Regularizer):
         self._masks: UnitMasks
         self._elapsed = 0.0
         self._bypassed: set[int] = set()
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_choice(self, "shape", self.shape, get_args(Shape))
+        check_choice(self, "order", self.order, get_args(Order))
 
     def check(self) -> None:
         super().check()

@@ -5,12 +5,13 @@ from typing import Any, ClassVar, Literal, cast
 
 from lightprune.anatomy import STRUCTURES, Structure
 from lightprune.cycle import Cycle
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_number
 from lightprune.gates import Handle, remove_all
 from lightprune.pipeline import Part, Stage
 from lightprune.plan import PruningPlan
 
 Order = Literal["joint", "first_to_last", "last_to_first"]
+Ramp = Literal["constant", "linear"]
 
 
 class Regularizer(Part):
@@ -43,6 +44,10 @@ class Regularizer(Part):
     @property
     def begins(self) -> int:
         return self.start or 0
+
+    def check_settings(self) -> None:
+        check_number(self, "start", self.start, whole=True, least=0, optional=True)
+        check_number(self, "stop", self.stop, whole=True, optional=True)
 
     def check(self) -> None:
         name, cycles = type(self).__name__, self.cycles()

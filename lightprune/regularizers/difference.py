@@ -1,19 +1,18 @@
 """The difference penalty: stage 2 of TRSP and ELDeR (arXiv 2505.18232)."""
 
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightprune.anatomy import Structure
-from lightprune.errors import ConfigError
+from lightprune.errors import check_choice, check_number
+from lightprune.groups import Norm
 from lightprune.observe import TokenMask, on_output
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
-from lightprune.regularizers.base import Order, Regularizer, ramps
-
-Norm = Literal["l2", "l1"]
+from lightprune.regularizers.base import Order, Ramp, Regularizer, ramps
 
 
 def layer_difference(hidden_in: Tensor, hidden_out: Tensor, norm: Norm) -> Tensor:
@@ -54,7 +53,7 @@ class DifferencePenalty(Regularizer):
         self,
         strength: float = 1e-3,
         norm: Norm = "l2",
-        ramp: Literal["constant", "linear"] = "constant",
+        ramp: Ramp = "constant",
         relative: bool = False,
         start: int | None = None,
         stop: int | None = None,
@@ -64,7 +63,7 @@ class DifferencePenalty(Regularizer):
         self.order: Order = order
         self.strength = strength
         self.norm: Norm = norm
-        self.ramp = ramp
+        self.ramp: Ramp = ramp
         self.relative = relative
         self._layers: list[int] = []
         self._strengths: dict[int, float] = {}
@@ -72,10 +71,12 @@ class DifferencePenalty(Regularizer):
         self._tokens = TokenMask()
         self._last = torch.zeros(())
 
-    def check(self) -> None:
-        super().check()
-        if self.strength < 0:
-            raise ConfigError(f"DifferencePenalty.strength is {self.strength}: it must be at least 0.")
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_number(self, "strength", self.strength, least=0)
+        check_choice(self, "norm", self.norm, get_args(Norm))
+        check_choice(self, "ramp", self.ramp, get_args(Ramp))
+        check_choice(self, "order", self.order, get_args(Order))
 
     def watch(self, plan: PruningPlan) -> None:
         layers = self.pipeline.anatomy.layers

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightprune.errors import ConfigError
+from lightprune.errors import check_number
 from lightprune.regularizers.units import UnitRegularizer, per_unit
 
 
@@ -36,10 +36,9 @@ class ProximalGroupLasso(UnitRegularizer):
         super().__init__(start, stop)
         self.strength = strength
 
-    def check(self) -> None:
-        super().check()
-        if self.strength is not None and self.strength < 0:
-            raise ConfigError(f"ProximalGroupLasso.strength is {self.strength}: it must be at least 0, or null.")
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_number(self, "strength", self.strength, least=0, optional=True)
 
     @torch.no_grad()
     def project(self) -> None:

@@ -1,15 +1,16 @@
 """The group norm penalty: the regularization stage of DReSS (arXiv 2501.17905)."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightprune.anatomy import Unit
-from lightprune.errors import ConfigError
+from lightprune.errors import check_choice, check_number
 from lightprune.groups import Norm
 from lightprune.plan import PruningPlan
+from lightprune.regularizers.base import Ramp
 from lightprune.regularizers.units import RemovedGroups, UnitRegularizer
 
 
@@ -47,7 +48,7 @@ class GroupNormPenalty(UnitRegularizer):
         self,
         strength: float = 1e3,
         norm: Norm = "l2",
-        ramp: Literal["constant", "linear"] = "constant",
+        ramp: Ramp = "constant",
         relative: bool = True,
         start: int | None = None,
         stop: int | None = None,
@@ -55,15 +56,16 @@ class GroupNormPenalty(UnitRegularizer):
         super().__init__(start, stop)
         self.strength = strength
         self.norm: Norm = norm
-        self.ramp = ramp
+        self.ramp: Ramp = ramp
         self.relative = relative
         self._now = 0.0
         self._references: dict[int, dict[Unit, float]] = {}  # by cycle
 
-    def check(self) -> None:
-        super().check()
-        if self.strength < 0:
-            raise ConfigError(f"GroupNormPenalty.strength is {self.strength}: it must be at least 0.")
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_number(self, "strength", self.strength, least=0)
+        check_choice(self, "norm", self.norm, get_args(Norm))
+        check_choice(self, "ramp", self.ramp, get_args(Ramp))
 
     def watch(self, plan: PruningPlan) -> None:
         super().watch(plan)

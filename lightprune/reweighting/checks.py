@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_choice, check_number, is_finite
 from lightprune.reweighting.mixer import RULES
 from lightprune.reweighting.references import FITS_FROM, POINTS_FROM
 from lightprune.reweighting.robust import Array
@@ -24,19 +24,21 @@ def check_settings(settings: "DomainReweighting") -> None:
     Raises:
         ConfigError: it names the value, what is allowed, and the key.
     """
-    _check_choice("rule", settings.rule, RULES)
-    _check_choice("losses", settings.losses, ("training", "validation"))
+    owner = "DomainReweighting"
+    check_choice(owner, "rule", settings.rule, RULES)
+    check_choice(owner, "losses", settings.losses, ("training", "validation"))
     if not isinstance(settings.reference, Mapping):
-        _check_choice("reference", settings.reference, ("source", "dynamic"), " or a mapping of domains to losses")
-    for key, fits, allowed in (
-        ("radius", 0 < settings.radius < math.inf, "above 0, for example 0.1"),
-        ("floor", 0 <= settings.floor < 1, "at least 0 and below 1"),
-        ("every", settings.every >= 1, "at least 1"),
-        ("start", settings.start >= 0, "at least 0"),
-        ("stop", settings.stop is None or settings.stop > settings.start, f"null or above start={settings.start}"),
-    ):
-        if not fits:
-            raise ConfigError(f"DomainReweighting.{key} is {getattr(settings, key)}: it must be {allowed}.")
+        sources = ("source", "dynamic")
+        check_choice(owner, "reference", settings.reference, sources, " or a mapping of domains to losses")
+    check_number(owner, "radius", settings.radius, above=0)
+    check_number(owner, "floor", settings.floor, least=0, below=1)
+    check_number(owner, "every", settings.every, whole=True, least=1)
+    check_number(owner, "start", settings.start, whole=True, least=0)
+    check_number(owner, "stop", settings.stop, whole=True, optional=True)
+    if settings.stop is not None and settings.stop <= settings.start:
+        raise ConfigError(
+            f"DomainReweighting.stop is {settings.stop}: it must be null or above start={settings.start}."
+        )
     if settings.dynamic_ratio and settings.rule != "robust":
         raise ConfigError(
             f"DomainReweighting.dynamic_ratio moves the ratio of rule='robust', and rule is {settings.rule!r}: set one "
@@ -162,17 +164,12 @@ def check_validated(losses: Array, ratio: Array, domains: list[str]) -> None:
         )
 
 
-def _check_choice(key: str, value: object, allowed: tuple[str, ...], more: str = "") -> None:
-    if value not in allowed:
-        raise ConfigError(f"DomainReweighting.{key} is {value!r}: it must be one of {', '.join(allowed)}{more}.")
-
-
 def _check_mapping(reference: Mapping[str, float], domains: list[str]) -> None:
     names = f"the data module has: {', '.join(domains)}"
     for name, loss in reference.items():
         if name not in domains:
             raise ConfigError(f"DomainReweighting.reference names {name!r}, but {names}.")
-        if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 <= loss < math.inf:
+        if not is_finite(loss) or loss < 0:
             raise ConfigError(f"DomainReweighting.reference.{name} is {loss}: it must be a loss in nats per token.")
     for name in domains:
         if name not in reference:

@@ -1,7 +1,7 @@
 """Activations: units by what they give on calibration batches (Minitron, FLAP)."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from lightprune.anatomy import Unit
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Axis
 from lightprune.anatomy.base import Site
+from lightprune.errors import check_choice
 from lightprune.partitioned import whole
 from lightprune.scores import Metric, activation_scores, add_moments, magnitudes
 from lightprune.selectors.calibration import CalibratedUnitSelector, accumulator
@@ -54,6 +55,10 @@ class ActivationUnitSelector(CalibratedUnitSelector):
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop)
         self.metric: Metric = metric
         self.weighted = weighted
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_choice(self, "metric", self.metric, get_args(Metric))
 
     def attach(self, unit: Unit) -> Tensor:
         shape, sites = self.pipeline.anatomy.shape, self._sites(unit)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightprune.anatomy import Shape, Structure
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_number
 from lightprune.gates import Handle, remove_all
 from lightprune.pipeline import Part, Stage, Status
 from lightprune.plan import PruningPlan
@@ -70,10 +70,12 @@ class Selector(Part):
         """The plan, if it can be known without training; asked only of those that decide about layers."""
         return self.plan
 
+    def check_settings(self) -> None:
+        check_number(self, "start", self.start, whole=True, least=0)
+        check_number(self, "stop", self.stop, whole=True)
+
     def check(self) -> None:
         name = type(self).__name__
-        if self.start < 0:
-            raise ConfigError(f"{name}.start is {self.start}: it must be at least 0.")
         if self.needs_batches and self.stop <= self.start:
             raise ConfigError(
                 f"{name} opens at step {self.start} and closes at step {self.stop}: set `stop` to a step after `start`."
@@ -155,16 +157,24 @@ class LayerSelector(Selector):
         """Indices of the layers that are not protected, ascending."""
         return list(range(self.protect_first, self.pipeline.anatomy.num_layers - self.protect_last))
 
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_number(self, "drop", self.drop, whole=True)
+        check_number(self, "protect_first", self.protect_first, whole=True, least=0)
+        check_number(self, "protect_last", self.protect_last, whole=True, least=0)
+
     def target(self, source: Shape) -> Shape:
         name, layers = type(self).__name__, source.layers
-        for key in ("protect_first", "protect_last"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"{name}.{key} is {getattr(self, key)}: it must be at least 0.")
         available = max(layers - self.protect_first - self.protect_last, 0)
-        if not 1 <= self.drop <= min(available, layers - 1):
+        most = min(available, layers - 1)
+        there = f"{name}.drop is {self.drop}: the model has {layers} layers, {layers - available} of them protected"
+        if most == 0:
+            instead = "protect fewer layers" if layers > 1 else f"leave {name} out of trainer.callbacks"
+            raise ConfigError(f"{there}, so none can go; {instead}.")
+        if not 1 <= self.drop <= most:
             raise ConfigError(
-                f"{name}.drop is {self.drop}: the model has {layers} layers, {layers - available} of them protected, "
-                f"so `drop` must be from 1 to {min(available, layers - 1)}; lower it, or protect fewer layers."
+                f"{there}, so `drop` must be from 1 to {most}; change it"
+                f"{', or protect fewer layers' if available < layers else ''}."
             )
         return replace(source, layers=layers - self.drop)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from lightprune.anatomy import Shape, Unit
 from lightprune.anatomy.predicates import even_groups
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_number, is_whole
 
 Keep = int | float | None
 
@@ -52,8 +52,7 @@ class Counts:
             raise ConfigError(
                 f"{self.owner} selects nothing: set at least one of `heads`, `kv_groups`, `channels` and `hidden`."
             )
-        if self.multiple_of < 1:
-            raise ConfigError(f"{self.owner}.multiple_of is {self.multiple_of}: it must be at least 1.")
+        check_number(self.owner, "multiple_of", self.multiple_of, whole=True, least=1)
         heads, kv_groups = self._attention(source)
         return replace(
             source,
@@ -91,10 +90,10 @@ class Counts:
             return there
         if isinstance(keep, float):
             return self._rounded(name, keep, there, multiple)
-        if not 1 <= keep <= there:
+        if not is_whole(keep) or not 1 <= keep <= there:
             raise ConfigError(
-                f"{self.owner}.{name} is {keep}: the model has {there}, so `{name}` must be a count from 1 to {there}, "
-                "or a ratio between 0 and 1."
+                f"{self.owner}.{name} is {keep!r}: the model has {there}, so `{name}` must be a count from 1 to "
+                f"{there}, or a ratio between 0 and 1."
             )
         return keep
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightprune.anatomy import STRUCTURES, Shape, Structure
 from lightprune.cycle import expected_shapes
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_number, is_whole
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.plots import mask_figure
@@ -140,15 +140,15 @@ class HardConcreteSelector(Selector):
             return self.counts.layers is not None
         return self.sharing is None or "layers" in self.sharing
 
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_number(self, "lr", self.lr, above=0)
+        check_number(self, "multiplier_lr", self.multiplier_lr, above=0)
+        check_number(self, "warmup", self.warmup, least=0, most=1)
+        check_number(self, "seed", self.seed, whole=True, least=0)
+
     def check(self) -> None:
         super().check()
-        for key in ("lr", "multiplier_lr"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"HardConcreteSelector.{key} is {getattr(self, key)}: it must be above 0.")
-        if self.seed < 0:
-            raise ConfigError(f"HardConcreteSelector.seed is {self.seed}: it must be at least 0.")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"HardConcreteSelector.warmup is {self.warmup}: it must be from 0 to 1.")
         if any(cycle.done for cycle in self.pipeline.cycles):
             return  # said when the run began; the model that the target speaks of is gone
         source = expected_shapes(self.pipeline.cycles, self.pipeline.anatomy)[self.cycle.index]
@@ -163,6 +163,11 @@ class HardConcreteSelector(Selector):
                 raise ConfigError(
                     f"HardConcreteSelector.structures is {list(self.sharing)} without `parameters`: set `parameters` "
                     "to the budget that they share, or leave `structures` out."
+                )
+            if not self.counts.units and self.counts.layers is None:
+                raise ConfigError(
+                    "HardConcreteSelector selects nothing: set at least one of `layers`, `heads`, `kv_groups`, "
+                    "`channels` and `hidden`, or `parameters` in place of them."
                 )
             shape = self.counts.of(source)
         else:
@@ -350,8 +355,7 @@ class HardConcreteSelector(Selector):
                 f"HardConcreteSelector.parameters is {self.parameters}, and counts are set beside it: leave out either "
                 "`parameters`, or `layers`, `heads`, `kv_groups`, `channels` and `hidden`."
             )
-        if asked.multiple_of < 1:
-            raise ConfigError(f"HardConcreteSelector.multiple_of is {asked.multiple_of}: it must be at least 1.")
+        check_number(self, "multiple_of", asked.multiple_of, whole=True, least=1)
         possible = [s for s in STRUCTURES if s in {*anatomy.family.structures, "kv_groups"}]
         structures = possible if self.sharing is None else list(self.sharing)
         unknown = [structure for structure in structures if structure not in possible]
@@ -362,9 +366,10 @@ class HardConcreteSelector(Selector):
             )
         there = self._parameters_of(source)
         is_ratio = isinstance(self.parameters, float)
-        if not 0 < self.parameters < (1 if is_ratio else there):
+        is_number = is_ratio or is_whole(self.parameters)
+        if not is_number or not 0 < self.parameters < (1 if is_ratio else there):
             raise ConfigError(
-                f"HardConcreteSelector.parameters is {self.parameters}: it must be a whole number below the model's "
+                f"HardConcreteSelector.parameters is {self.parameters!r}: it must be a whole number below the model's "
                 f"{there:,}, or a ratio between 0 and 1."
             )
         budget = int(self.parameters * there) if is_ratio else int(self.parameters)

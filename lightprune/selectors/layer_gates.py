@@ -1,12 +1,12 @@
 """Learned layer gates: stage 1 of TRSP and ELDeR (arXiv 2505.18232)."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.gates import Bypass, Placement, attach_gate, remove_all
 from lightprune.pipeline import Status
 from lightprune.selectors.base import LayerSelector, lowest
@@ -53,6 +53,9 @@ class LayerGateSelector(LayerSelector):
         protect_last: int = 0,
         hold_weights: bool = True,
     ) -> None:
+        steps = {"drop": drop, "rounds": rounds, "steps_per_round": steps_per_round, "start": start}
+        for key, value in steps.items():  # here, for they are multiplied below
+            check_number(self, key, value, whole=True, optional=key == "rounds")
         self.rounds = drop if rounds is None else rounds
         self.steps_per_round = steps_per_round
         super().__init__(
@@ -80,12 +83,15 @@ class LayerGateSelector(LayerSelector):
         self._stable_steps = 0
         self._smallest: list[int] = []
 
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_number(self, "l1", self.l1, least=0)
+        check_number(self, "lr", self.lr, above=0)
+        check_number(self, "steps_per_round", self.steps_per_round, whole=True, least=1)
+        check_number(self, "patience", self.patience, whole=True, least=1, optional=True)
+        check_choice(self, "placement", self.placement, get_args(Placement))
+
     def check(self) -> None:
-        for key in ("l1", "lr"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"LayerGateSelector.{key} is {getattr(self, key)}: it must be at least 0.")
-        if self.steps_per_round < 1:
-            raise ConfigError(f"LayerGateSelector.steps_per_round is {self.steps_per_round}: it must be at least 1.")
         if not 1 <= self.rounds <= self.drop:
             raise ConfigError(
                 f"LayerGateSelector.rounds is {self.rounds}: it must be from 1 to drop={self.drop}, or null."
@@ -95,8 +101,6 @@ class LayerGateSelector(LayerSelector):
                 "LayerGateSelector.protect_last is 0 with placement=output: the final norm undoes the last layer's "
                 "gate, which would close first; set protect_last to at least 1, or placement=residual."
             )
-        if self.patience is not None and self.patience < 1:
-            raise ConfigError(f"LayerGateSelector.patience is {self.patience}: it must be at least 1, or null.")
         super().check()
 
     @property

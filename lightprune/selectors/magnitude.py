@@ -1,12 +1,13 @@
 """Magnitude: units by the norms of their weights alone."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightprune.anatomy import Unit
+from lightprune.errors import check_choice
 from lightprune.groups import Norm, unit_norms
 from lightprune.selectors.counts import Keep
 from lightprune.selectors.units import UnitSelector
@@ -41,6 +42,10 @@ class MagnitudeUnitSelector(UnitSelector):
     ) -> None:
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, start, hold_weights=False)
         self.norm: Norm = norm
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_choice(self, "norm", self.norm, get_args(Norm))
 
     def watch(self) -> None:
         """Needs no batches."""

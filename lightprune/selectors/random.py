@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+from lightprune.errors import check_number
 from lightprune.plan import PruningPlan
 from lightprune.selectors.base import LayerSelector
 
@@ -23,6 +24,10 @@ class RandomSelector(LayerSelector):
     def __init__(self, drop: int, seed: int = 0, protect_first: int = 0, protect_last: int = 0, start: int = 0) -> None:
         super().__init__(drop, start, start, protect_first, protect_last, hold_weights=False)
         self.seed = seed
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_number(self, "seed", self.seed, whole=True)
 
     def watch(self) -> None:
         """Needs no batches."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightprune.anatomy import Unit
+from lightprune.errors import check_number
 from lightprune.plan import PruningPlan
 from lightprune.selectors.counts import Keep
 from lightprune.selectors.units import UnitSelector
@@ -38,6 +39,10 @@ class RandomUnitSelector(UnitSelector):
     ) -> None:
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, start, hold_weights=False)
         self.seed = seed
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_number(self, "seed", self.seed, whole=True)
 
     def watch(self) -> None:
         """Needs no batches."""

@@ -1,7 +1,7 @@
 """Taylor: units by what the loss would change, to first order, if they were gone."""
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import lightning as L
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightprune.anatomy import Unit
 from lightprune.anatomy.axes import CHANNELS, HEADS
+from lightprune.errors import check_choice
 from lightprune.gates import change_input, change_output
 from lightprune.selectors.calibration import CalibratedUnitSelector, accumulator
 from lightprune.selectors.counts import Keep
@@ -53,6 +54,10 @@ class TaylorUnitSelector(CalibratedUnitSelector):
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop)
         self.accumulate: Accumulate = accumulate
         self._gates: dict[Unit, Tensor] = {}
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        check_choice(self, "accumulate", self.accumulate, get_args(Accumulate))
 
     def attach(self, unit: Unit) -> Tensor:
         anatomy = self.pipeline.anatomy

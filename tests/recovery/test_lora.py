@@ -376,7 +376,7 @@ def refused(*callbacks: Callback) -> str:
         ({"seed": -1}, ["LoRARecovery.seed is -1", "at least 0"]),
         ({"target_modules": ["q_proj", "lm_head"]}, ["'lm_head'", "self_attn.q_proj", "all-linear"]),
         ({"target_modules": ["proj"]}, ["'proj'"]),
-        ({"target_modules": []}, ["target_modules", "''"]),
+        ({"target_modules": []}, ["target_modules", "is empty"]),
         ({"target_modules": "input_layernorm"}, ["'input_layernorm'"]),
     ],
 )
