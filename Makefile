@@ -18,6 +18,9 @@ endif
 # faults it in again. Keeping them, in huge pages, makes CPU training 30-50% faster. Ignored by other C libraries.
 GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1
 
+# How often `make overhead` measures everything.
+ROUNDS ?= 5
+
 # At most 4 workers: each one imports torch and holds its own copy of the tiny models.
 PYTEST_WORKERS ?= --numprocesses logical --maxprocesses 4
 
@@ -49,7 +52,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy --strict lightprune
 
 overhead: $(VENV)/dev.stamp
-	GLIBC_TUNABLES=$(GLIBC_TUNABLES) $(BIN)/python benchmarks/overhead.py
+	GLIBC_TUNABLES=$(GLIBC_TUNABLES) $(BIN)/python benchmarks/overhead.py --rounds $(ROUNDS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

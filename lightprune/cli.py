@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console, Group
 from rich.table import Table
@@ -63,12 +63,14 @@ class PruningTrainer(pl.Trainer):
 
         Args:
             model: the module that was trained.
-            ckpt_path: a checkpoint of a run with the same config.
+            ckpt_path: a checkpoint of a run with the same config; "last" is the newest of its `ModelCheckpoint`.
             output: the directory to write.
             datamodule: not used.
             overwrite: replace `output` if it exists.
             weights_only: as in `fit`.
         """
+        if ckpt_path == "last":
+            ckpt_path = _last_of(self)
         if not Path(ckpt_path).exists():
             raise ConfigError(f"There is no checkpoint at {ckpt_path!r}: name an existing one in `ckpt_path`.")
         check_target(output, overwrite=overwrite)
@@ -98,6 +100,15 @@ class PruningTrainer(pl.Trainer):
             yield pipeline
         finally:
             pipeline.close()
+
+
+def _last_of(trainer: pl.Trainer) -> str:
+    """The newest checkpoint that `fit --ckpt_path last` would go on from."""
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    found = [path for saver in savers for path in saver._find_last_checkpoints(trainer)]
+    if not found:
+        raise ConfigError("There is no last checkpoint of this config: name one in `ckpt_path`.")
+    return max(found, key=lambda path: Path(path).stat().st_mtime)
 
 
 class LightpruneCLI(LightningCLI):

@@ -1,5 +1,6 @@
 """The directory: written aside, verified, and only then given its name."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,17 @@ def check_target(path: str | Path, *, overwrite: bool) -> Path:
         `path` as a `Path`, with `~` expanded.
 
     Raises:
-        ConfigError: it exists and `overwrite` is not set, or it exists and is no earlier export.
+        ConfigError: it exists and `overwrite` is not set, it exists and is no earlier export, or nothing can be there.
     """
+    if not path:
+        raise ConfigError(f"The output is {path!r}: name the directory to write in `path`.")
     target = Path(path).expanduser()
+    above = next(parent for parent in target.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(
+            f"The output {str(target)!r} cannot be made, since {str(above)!r} is no directory that one may write to: "
+            "choose another `path`."
+        )
     if target.exists() and not overwrite:
         raise ConfigError(
             f"The output {str(target)!r} exists already: choose another `path`, or set `overwrite: true` to replace it."

@@ -22,6 +22,11 @@ def engine_of(trainer: L.Trainer) -> Engine:
     for engine in ENGINES:
         if isinstance(trainer.strategy, engine.supports):
             return engine(trainer)
+    if type(trainer).__module__.startswith("pytorch_lightning"):
+        raise ConfigError(
+            "This trainer is one of the package pytorch_lightning: import lightning.pytorch in its place, which is the "
+            "same, for the trainer, the module and the callbacks."
+        )
     raise ConfigError(
         f"lightprune cannot prune under {type(trainer.strategy).__name__}: set trainer.strategy to auto (one device), "
         "ddp (the model fits on each device) or deepspeed_stage_3 (it does not)."
