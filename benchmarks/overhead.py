@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import logging
-import re
 import statistics
 import subprocess
 import sys
@@ -21,12 +20,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from memory import forget_peak, memory_of
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -245,18 +244,12 @@ def cut_large() -> dict[str, float]:
         hidden=[i for i in range(2048) if i % 8],
     )
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    forget_peak()
     before = memory_of("VmRSS")
     start = time.perf_counter()
     cut_model(anatomy, plan)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "peak": (memory_of("VmHWM") - before + size) / size}
-
-
-def memory_of(kind: str) -> int:
-    """Resident bytes of this process, now (VmRSS) or at their highest (VmHWM): what getrusage tells survives exec."""
-    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found.group(1)) * 1024 if found else 0
 
 
 def main() -> None:

@@ -17,20 +17,19 @@ import gc
 import json
 import logging
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
+from memory import forget_peak, memory_of
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -92,17 +91,6 @@ class CutWithPeak(lp.StructuredCut):
         forget_peak()
         super()._cut(step)
         self.cutting = memory_of("VmHWM")
-
-
-def forget_peak() -> None:
-    """Let VmHWM begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory_of(kind: str) -> int:
-    """Resident bytes of this process, now (VmRSS) or at their highest (VmHWM)."""
-    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found.group(1)) * 1024 if found else 0
 
 
 def strategy_of(name: str) -> Any:

@@ -270,8 +270,11 @@ def strategy_of(name: str, **settings: Any) -> Any:
         return DDPStrategy(**settings)
     from lightprune.strategies.exact import CPUDeepSpeedStrategy
 
-    # Below that threshold, parameters would stay whole under stage 3.
-    zero: dict[str, Any] = {"stage": int(name[4]), "stage3_param_persistence_threshold": 0}
+    zero: dict[str, Any] = {
+        "stage": int(name[4]),
+        "stage3_param_persistence_threshold": 0,  # below it, parameters would stay whole under stage 3
+        "memory_efficient_linear": False,  # stage 3 has a projection of its own, which rounds otherwise in bfloat16
+    }
     config: dict[str, Any] = {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
     if name.endswith("offload"):
         zero["offload_optimizer"] = {"device": "cpu"}

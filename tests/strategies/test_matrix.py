@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.strategies.conftest import Pair
-from tests.strategies.runs import CASES, CUT, MOMENTS, RUNS, STEPS, STRATEGIES
+from tests.strategies.runs import CASES, CUT, MOMENTS, RUNS, SELECT, STEPS, STRATEGIES
 
 TOLERANCE = 1e-5
 IN_FLOAT32 = [name for name, case in CASES.items() if not case.steps and case.precision is None]
@@ -62,8 +62,9 @@ def test_zero_stages_are_one_in_bfloat16(strategy: str, pair: Pair) -> None:
         assert all(torch.equal(end[key][n], other[key][n]) for n in end[key])
         if strategy == "zero2":
             assert all(torch.equal(end[key][n], expected[key][n]) for n in end[key])
-    # Stage 3 differs from the first step on, long before the cut.
-    assert end["losses"] == pytest.approx(expected["losses"], abs=2e-2)
+    # Stage 3 rounds gradients otherwise, long before the cut.
+    assert end["losses"][: SELECT + 1] == expected["losses"][: SELECT + 1]
+    assert end["losses"] == pytest.approx(expected["losses"], abs=1e-2)
     # What was carried through the cut is in full precision.
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in end["weights"].values())
 
