@@ -70,7 +70,7 @@ def fit(module: pl.LightningModule, root: Path, *callbacks: Callback, **kwargs: 
 def test_shows_phase_and_status(tmp_path: Path) -> None:
     bar = RecordingBar()
     fit(TinyLM(), tmp_path, RandomSelector(drop=1), StructuredCut(at=2), bar, max_steps=4)
-    assert [description.rstrip(": ") for description, _ in bar.shown] == ["transfer", "recover", "recover", "recover"]
+    assert [description.rstrip(": ") for description, _ in bar.shown] == ["transfer", "transfer", "recover", "recover"]
     assert all("loss=" in postfix and "dropped=1" in postfix for _, postfix in bar.shown)
 
 
