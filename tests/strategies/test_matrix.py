@@ -64,7 +64,7 @@ def test_zero_stages_are_one_in_bfloat16(strategy: str, pair: Pair) -> None:
             assert all(torch.equal(end[key][n], expected[key][n]) for n in end[key])
     # Stage 3 rounds gradients otherwise, long before the cut.
     assert end["losses"][: SELECT + 1] == expected["losses"][: SELECT + 1]
-    assert end["losses"] == pytest.approx(expected["losses"], abs=1e-2)
+    assert end["losses"] == pytest.approx(expected["losses"], abs=2e-2)
     # What was carried through the cut is in full precision.
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in end["weights"].values())
 
