@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console, Group
@@ -71,8 +72,6 @@ class PruningTrainer(pl.Trainer):
         """
         if ckpt_path == "last":
             ckpt_path = _last_of(self)
-        if not Path(ckpt_path).exists():
-            raise ConfigError(f"There is no checkpoint at {ckpt_path!r}: name an existing one in `ckpt_path`.")
         check_target(output, overwrite=overwrite)
         with self._pipeline(model, stage="validate") as pipeline:
             # The pipeline gives the model its shape; states and weights are for us to load.
@@ -273,7 +272,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _user_mistake(error: BaseException | None) -> str | None:
     """What the user got wrong, if `error` is about that: jsonargparse wraps what a constructor raises."""
     while error is not None:
-        if isinstance(error, ConfigError | ArgumentError):
+        if isinstance(error, ConfigError | ArgumentError | MisconfigurationException):
             return str(error)
         error = error.__cause__
     return None

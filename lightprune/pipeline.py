@@ -13,6 +13,7 @@ same for automatic and manual optimization. `optimizer_step` is where weights ar
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from lightprune import run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
+from lightprune.errors import ConfigError
 from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm, log_metrics
 from lightprune.partitioned import whole_construction
@@ -361,8 +363,14 @@ class Pipeline:
         with whole_construction():  # the checks build models of their own
             self.attach()
 
-    def _load_checkpoint(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.engine.load(original, self._restructure, *args, **kwargs)
+    def _load_checkpoint(
+        self, original: Callable[..., dict[str, Any]], checkpoint_path: str | Path, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        if "://" not in str(checkpoint_path) and not Path(checkpoint_path).exists():
+            raise ConfigError(
+                f"There is no checkpoint at {str(checkpoint_path)!r}: name an existing one in `ckpt_path`."
+            )
+        return self.engine.load(original, self._restructure, checkpoint_path, *args, **kwargs)
 
     def _restructure(self, states: Mapping[str, Any]) -> None:
         run_checks.check_resume(self.parts, states)

@@ -177,6 +177,8 @@ def test_plan_runs_where_the_config_trains_elsewhere(configs: list[str]) -> None
         (["fit", "--model.init_args.model=./nowhere"], "'./nowhere'"),
         (["fit", "--data.init_args.block_size=1"], "data.block_size is 1"),
         (["export", "--ckpt_path=none.ckpt", "--output=exported"], "There is no checkpoint at 'none.ckpt'"),
+        (["fit", "--ckpt_path=none.ckpt"], "There is no checkpoint at 'none.ckpt'"),
+        (["fit", "--trainer.limit_train_batches=-3"], "limit_train_batches"),
         (["fit", "--config=none.yaml"], "none.yaml"),
         (["fit", "--trainer.max_stepz=1"], "max_stepz"),
     ],
