@@ -248,6 +248,11 @@ def test_resumes_from_the_checkpoints_that_the_shipped_configs_keep(configs: lis
     for key in ("state_dict", "optimizer_states"):
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0)
 
+    assert main(["export", *configs, "--config", "run.yaml", "--ckpt_path=last", "--output=exported"]) == 0
+    lm = AutoModelForCausalLM.from_pretrained("exported")
+    saved = found["state_dict"]
+    assert all(torch.equal(weight, saved[f"lm.{name}"]) for name, weight in lm.state_dict().items())
+
 
 def test_exit_status_of_the_process(configs: list[str]) -> None:
     """Through the real entry point: status 2, the sentence last, no traceback."""

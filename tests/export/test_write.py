@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightprune.anatomy import anatomy_of
 from lightprune.errors import ConfigError
-from lightprune.export import export_hf
+from lightprune.export import check_target, export_hf
 from lightprune.expressible import check_expressible
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
@@ -129,3 +129,10 @@ def test_overwrite_replaces_an_earlier_export(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
     assert not (tmp_path / "out" / "left over").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("path", ["", "file/below"])
+def test_a_place_where_nothing_can_be(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="The output"):
+        check_target(tmp_path / path if path else path, overwrite=False)
