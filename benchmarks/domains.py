@@ -17,13 +17,12 @@ One JSON line a run; a run that is there already is skipped.
 
 import argparse
 import hashlib
-import logging
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import quiet
 import torch
 from quality import BATCH, BLOCK, RESULTS, SEEDS, Results, fit
 
@@ -155,8 +154,7 @@ def main() -> None:
         files = {name: getattr(arguments, name) for name in ("wikitext", "gsm8k", "shakespeare")}
         if None in files.values():
             parser.error("`run` needs --wikitext, --gsm8k and --shakespeare")
-        warnings.filterwarnings("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        quiet.be_quiet()
         torch.set_float32_matmul_precision("high")
         bench = Bench(results, files)
         bench.dense()

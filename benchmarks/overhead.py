@@ -10,19 +10,18 @@ is the peak resident set of a process of its own for each variant.
 import argparse
 import gc
 import json
-import logging
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import lightning as L
+import quiet
 import torch
 from lightning.pytorch.callbacks import Callback
 from memory import forget_peak, memory_of
@@ -149,14 +148,10 @@ VARIANTS: dict[str, Callable[[], list[Callback]]] = {
 def fit(module: L.LightningModule, callbacks: list[Callback], steps: int) -> None:
     """Fit on random tokens for `steps` batches."""
     trainer = L.Trainer(
-        accelerator="cpu",
+        **quiet.TRAINER,
         precision="bf16-mixed",
         max_steps=steps,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         default_root_dir=tempfile.gettempdir(),
     )
     generator = torch.Generator().manual_seed(0)
@@ -259,8 +254,7 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=tuple(VARIANTS), help=argparse.SUPPRESS)
     parser.add_argument("--cut-large", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet.be_quiet()
     if arguments.memory_of:
         fit(Module(), VARIANTS[arguments.memory_of](), 4)
         print(memory_of("VmHWM"))

@@ -16,11 +16,9 @@ for each seed, and the runs of a row take it from a file and train on what is le
 import argparse
 import hashlib
 import json
-import logging
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import quiet
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.optim import AdamW
@@ -230,7 +229,7 @@ def fit(
         lr_scheduler=partial(LambdaLR, lr_lambda=partial(warmup_and_decay, steps=steps)),
     )
     trainer = L.Trainer(
-        accelerator="cpu",
+        **quiet.TRAINER,
         precision="bf16-mixed",
         max_steps=steps,
         callbacks=callbacks,
@@ -239,10 +238,6 @@ def fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         default_root_dir=scratch,
     )
     start = time.perf_counter()
@@ -299,8 +294,7 @@ def main(name: str, doc: str, selectors: Mapping[str, MakeSelector], rows: Seque
     if arguments.command == "run":
         if arguments.text is None or arguments.other is None:
             parser.error("`run` needs --text and --other")
-        warnings.filterwarnings("ignore")
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        quiet.be_quiet()
         torch.set_float32_matmul_precision("high")
         bench = Bench(name, selectors, results, arguments.text, arguments.other)
         for seed in arguments.seeds:

@@ -1,7 +1,7 @@
 """What the cuts of a running fit leave behind in memory, and what one needs: two processes under each strategy.
 
-    python benchmarks/rebuild.py                     # all strategies, a quarter of an hour on two cores (Linux)
-    python benchmarks/rebuild.py --strategy zero3    # one of them, as a line of JSON
+    python benchmarks/rebuild.py                       # all strategies, a quarter of an hour on two cores (Linux)
+    python benchmarks/rebuild.py --strategies zero3    # one of them
 
 The model is a random Llama of 124 million parameters in float32, trained by AdamW. In the first run, 20 cuts in a row
 take one MLP channel from every layer each, a step after another, so that what is resident should stay as it is: the
@@ -15,17 +15,16 @@ import argparse
 import ctypes
 import gc
 import json
-import logging
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import quiet
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
@@ -106,15 +105,11 @@ def strategy_of(name: str) -> Any:
 def fit(strategy: str, callbacks: list[Callback], steps: int) -> L.Trainer:
     """Fit on random tokens."""
     trainer = L.Trainer(
-        accelerator="cpu",
+        **quiet.TRAINER,
         devices=1 if strategy == "single" else 2,
         strategy=strategy_of(strategy),
         max_steps=steps,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
         default_root_dir=tempfile.gettempdir(),
     )
     tokens = torch.randint(0, VOCABULARY, (2 * steps, 64), generator=torch.Generator().manual_seed(0))
@@ -151,26 +146,26 @@ MEASURED: dict[str, Callable[[str], float]] = {"growth": growth, "peak": peak}
 
 
 def main() -> None:
-    """Measure under one strategy, or under each in processes of their own, and print a Markdown table."""
+    """Measure under each strategy in processes of their own, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strategy", choices=STRATEGIES)
-    parser.add_argument("--what", choices=tuple(MEASURED), default="growth", help="with --strategy")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
+    parser.add_argument("--measure", choices=tuple(MEASURED), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if arguments.strategy is not None:
-        value = MEASURED[arguments.what](arguments.strategy)
-        rank_zero_only(print)(json.dumps({"strategy": arguments.strategy, arguments.what: value}), flush=True)
+    quiet.be_quiet()
+    if arguments.measure is not None:
+        (strategy,) = arguments.strategies
+        value = MEASURED[arguments.measure](strategy)
+        rank_zero_only(print)(json.dumps({arguments.measure: value}), flush=True)
         return
     print("| strategy | growth for each of 20 cuts | peak of a cut of 8 layers / of training |\n|---|---|---|")
-    for strategy in STRATEGIES:
+    for strategy in arguments.strategies:
         values = {}
         for what in MEASURED:
-            command = [sys.executable, __file__, "--strategy", strategy, "--what", what]
+            command = [sys.executable, __file__, "--strategies", strategy, "--measure", what]
             printed = subprocess.run(
                 command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | MAPPED
             ).stdout
-            values |= json.loads(next(line for line in printed.splitlines() if line.startswith('{"strategy"')))
+            values |= json.loads(next(line for line in printed.splitlines() if line.startswith(f'{{"{what}"')))
         print(f"| {strategy} | {100 * values['growth']:+.2f}% | {values['peak']:.3f} |", flush=True)
 
 

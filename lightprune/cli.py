@@ -6,13 +6,13 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -102,12 +102,11 @@ class PruningTrainer(pl.Trainer):
 
 
 def _last_of(trainer: pl.Trainer) -> str:
-    """The newest checkpoint that `fit --ckpt_path last` would go on from."""
-    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
-    found = [path for saver in savers for path in saver._find_last_checkpoints(trainer)]
-    if not found:
+    """The checkpoint that `fit --ckpt_path last` would go on from."""
+    found = trainer._checkpoint_connector._parse_ckpt_path(TrainerFn.FITTING, "last", True, True)
+    if found is None:
         raise ConfigError("There is no last checkpoint of this config: name one in `ckpt_path`.")
-    return max(found, key=lambda path: Path(path).stat().st_mtime)
+    return str(found)
 
 
 class LightpruneCLI(LightningCLI):

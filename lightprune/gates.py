@@ -97,28 +97,25 @@ class ReplacedForward:
         forward = vars(self._module).get("forward")
         while isinstance(forward, ReplacedForward) and forward._removed:
             forward = forward._before
-        _put_back(self._module, forward)
-
-
-def _put_back(module: nn.Module, forward: Callable[..., Any] | None) -> None:
-    """Let a module run by a forward of the instance's own; None is the class's."""
-    if forward is None:
-        vars(module).pop("forward", None)
-    else:
-        module.forward = forward
+        if forward is None:  # the class's own
+            vars(self._module).pop("forward", None)
+        else:
+            self._module.forward = forward
 
 
 @contextmanager
 def replaced_forwards(layers: nn.ModuleList, forwards: Mapping[int, Callable[..., Tensor]]) -> Iterator[None]:
     """Run the layers in `forwards` by other functions inside the context; hooks on them still fire."""
-    before = {index: vars(layers[index]).get("forward") for index in forwards}
-    for index, forward in forwards.items():
-        layers[index].forward = forward
+    handles: list[Handle] = [ReplacedForward(layers[index], _instead(forward)) for index, forward in forwards.items()]
     try:
         yield
     finally:
-        for index, own in before.items():
-            _put_back(layers[index], own)
+        remove_all(handles)
+
+
+def _instead(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward`, for a `ReplacedForward` that has no use for the stock one."""
+    return lambda stock_forward, *args, **kwargs: forward(*args, **kwargs)
 
 
 class Bypass(ReplacedForward):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
@@ -54,6 +55,14 @@ def check_causal_lm(lm: object, wanted_by: str) -> None:
             f"{wanted_by} takes a Hugging Face causal LM, and `lm` is of type {type(lm).__name__}: give it the "
             "PreTrainedModel itself."
         )
+
+
+def is_training_pass(trainer: L.Trainer) -> bool:
+    """Whether a forward pass now is one that trains: not validation's, nor one that samples or scores on the side.
+
+    A module's own `training` flag says nothing of that: `from_pretrained` leaves it off, and Lightning as it is.
+    """
+    return trainer.training and torch.is_grad_enabled()
 
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:

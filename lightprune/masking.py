@@ -79,13 +79,11 @@ def masked(anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
     masks = UnitMasks(anatomy, plan)
     masks.alpha.zero_()
     masks.alpha_hidden.zero_()
-    bypasses = [Bypass(anatomy.layers[index], index) for index in plan.dropped_layers]
+    handles: list[Handle] = [masks, *(Bypass(anatomy.layers[index], index) for index in plan.dropped_layers)]
     try:
         yield
     finally:
-        masks.remove()
-        for bypass in bypasses:
-            bypass.remove()
+        remove_all(handles)
 
 
 def _blend_norm(norm: nn.Module, rows: Tensor, alpha: Tensor) -> RemovableHandle:

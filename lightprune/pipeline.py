@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
 from lightprune.errors import ConfigError
 from lightprune.expressible import check_expressible
-from lightprune.host import callbacks_of, find_causal_lm, log_metrics
+from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics
 from lightprune.partitioned import whole_construction
 from lightprune.plan import PruningPlan
 
@@ -192,7 +191,7 @@ class Pipeline:
         for part in pipeline.parts:
             part.pipeline = pipeline
         # A cut validates, and whoever then saves a checkpoint saves what the other callbacks made of this step too.
-        trainer.callbacks = parts_last(callbacks_of(trainer), pipeline.parts)  # type: ignore[attr-defined]
+        trainer.callbacks = _parts_last(callbacks_of(trainer), pipeline.parts)  # type: ignore[attr-defined]
         pipeline._wrap_all()
 
     # What the parts and the reports ask.
@@ -209,11 +208,8 @@ class Pipeline:
 
     @property
     def training(self) -> bool:
-        """Whether a forward pass now is one that trains: not validation's, nor one that samples or scores on the side.
-
-        A module's own `training` flag says nothing of that: `from_pretrained` leaves it off, and Lightning as it is.
-        """
-        return self.trainer.training and torch.is_grad_enabled()
+        """Whether a forward pass now is one that trains."""
+        return is_training_pass(self.trainer)
 
     @property
     def selectors(self) -> "list[Selector]":
@@ -427,7 +423,7 @@ class Pipeline:
         return result
 
 
-def parts_last(callbacks: Sequence[Callback], parts: Sequence[Part]) -> list[Callback]:
+def _parts_last(callbacks: Sequence[Callback], parts: Sequence[Part]) -> list[Callback]:
     """The callbacks in the order of their calls: strangers as they were, the parts, and at last what saves them all."""
     savers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
     others = [callback for callback in callbacks if not isinstance(callback, (Part, Checkpoint))]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightprune.errors import ConfigError
+from lightprune.errors import check_number
 
 
 class RandomState(Callback):
@@ -27,8 +27,7 @@ class RandomState(Callback):
         self.seed = seed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.seed is not None and self.seed < 0:
-            raise ConfigError(f"RandomState.seed is {self.seed}: it must be at least 0, or null.")
+        check_number(self, "seed", self.seed, whole=True, least=0, optional=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.seed is None:

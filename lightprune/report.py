@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback, finish_parts
-from lightprune.host import find_causal_lm, run_validation
+from lightprune.host import find_causal_lm, is_training_pass, run_validation
 from lightprune.observe import attention_mask_of
 from lightprune.partitioned import parameter_count
 from lightprune.pipeline import Pipeline
@@ -141,7 +141,7 @@ class RunReport(FinishingCallback):
         self, trainer: pl.Trainer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """A tensor total stays on its device: reading it at every step would stall a GPU."""
-        if not (trainer.training and torch.is_grad_enabled()):  # a selector searches on a batch that has been counted
+        if not is_training_pass(trainer):  # a selector searches on a batch that has been counted
             return
         input_ids, mask = kwargs.get("input_ids", args[0] if args else None), attention_mask_of(args, kwargs)
         if mask is not None:

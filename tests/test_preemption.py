@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import lightprune as lp
 from lightprune.preemption import PreemptionCheckpoint, outlive_preemption
 from tests.families import tiny_lm
+from tests.ports import free_ports
 from tests.resume_run import CUT, STEPS, Shuffled, callbacks_of, checkpoint_of
 from tests.test_resume import differences
 from tests.training import Plain, batches, trainer_for
@@ -157,13 +157,6 @@ def test_workers_without_sigwaitinfo_can_still_be_ended(monkeypatch: pytest.Monk
     assert worker.exitcode == 0
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 RANK = """
 import os, signal, sys
 from tests.test_preemption import Signal
@@ -184,7 +177,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(free_ports(1)[0]),
         "WORLD_SIZE": "2",
         "NODE_RANK": "0",
         "PYTHONPATH": str(Path(__file__).parents[1]),

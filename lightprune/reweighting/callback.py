@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback
-from lightprune.host import find_causal_lm, log_metrics, run_validation
+from lightprune.host import find_causal_lm, is_training_pass, log_metrics, run_validation
 from lightprune.metrics import DomainLoss
 from lightprune.partitioned import parameter_count
 from lightprune.pipeline import Pipeline
@@ -141,7 +141,7 @@ class DomainReweighting(FinishingCallback):
         _, self._lm = find_causal_lm(pl_module)
         self._watched = {"validation": SampleLosses(self._lm, lambda: trainer.validating)}
         if self.losses == "training":
-            self._watched["training"] = SampleLosses(self._lm, lambda: trainer.training and torch.is_grad_enabled())
+            self._watched["training"] = SampleLosses(self._lm, lambda: is_training_pass(trainer))
         self._parameters_at_start = parameter_count(self._lm)
         self._validated, self._validation_due = None, False
         self._ready = True

@@ -24,17 +24,16 @@ def check_settings(settings: "DomainReweighting") -> None:
     Raises:
         ConfigError: it names the value, what is allowed, and the key.
     """
-    owner = "DomainReweighting"
-    check_choice(owner, "rule", settings.rule, RULES)
-    check_choice(owner, "losses", settings.losses, ("training", "validation"))
+    check_choice(settings, "rule", settings.rule, RULES)
+    check_choice(settings, "losses", settings.losses, ("training", "validation"))
     if not isinstance(settings.reference, Mapping):
         sources = ("source", "dynamic")
-        check_choice(owner, "reference", settings.reference, sources, " or a mapping of domains to losses")
-    check_number(owner, "radius", settings.radius, above=0)
-    check_number(owner, "floor", settings.floor, least=0, below=1)
-    check_number(owner, "every", settings.every, whole=True, least=1)
-    check_number(owner, "start", settings.start, whole=True, least=0)
-    check_number(owner, "stop", settings.stop, whole=True, optional=True)
+        check_choice(settings, "reference", settings.reference, sources, " or a mapping of domains to losses")
+    check_number(settings, "radius", settings.radius, above=0)
+    check_number(settings, "floor", settings.floor, least=0, below=1)
+    check_number(settings, "every", settings.every, whole=True, least=1)
+    check_number(settings, "start", settings.start, whole=True, least=0)
+    check_number(settings, "stop", settings.stop, whole=True, optional=True)
     if settings.stop is not None and settings.stop <= settings.start:
         raise ConfigError(
             f"DomainReweighting.stop is {settings.stop}: it must be null or above start={settings.start}."

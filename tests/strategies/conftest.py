@@ -1,7 +1,6 @@
 """Two processes that run every case once, for all tests of a session: importing everything costs them seconds."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ports import free_ports
 from tests.strategies.runs import CASES, OFFLOADED, STRATEGIES, WORLD, run
 
 ROOT = Path(__file__).parents[2]
@@ -23,9 +23,7 @@ class Pair:
 
     def __init__(self, folder: Path, strategies: tuple[str, ...], cases: tuple[str, ...]) -> None:
         self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-W", "ignore", "-m", "tests.strategies.runs", str(folder)]
         self.processes = []

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightprune as lp
+from tests.ports import free_ports
 from tests.strategies.runs import CUT, STEPS, WORLD, Case, run, strategy_of
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -121,9 +121,7 @@ def started(
         timeout: seconds for which a rank waits for the others.
         absent: ranks that are never started.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     processes = [
         PROCESSES.Process(target=live, args=(strategy, folder, rank, port, death, timeout)) for rank in range(WORLD)
     ]
