@@ -1,5 +1,7 @@
 """`Job`: a job that the tests have submitted, in a directory of its own."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,22 +27,31 @@ class Job:
         """Whether it will not run any more."""
         return self.cluster.job(self.id)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING")
 
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Wait for a condition; if it does not come, fail with what the job wrote, and where its processes are."""
+        try:
+            self.cluster.until(condition, f"{what} of job {self.id}")
+        except AssertionError as error:
+            self.cluster.run("scancel", "--signal=ABRT", self.id)  # of which PYTHONFAULTHANDLER makes tracebacks
+            time.sleep(5)
+            raise AssertionError(f"{error}\n{self.log()}") from None
+
     def until_paused(self, ranks: int) -> list[int]:
         """Wait until all ranks are at their `Pause`; their process ids."""
         files = [self.folder / "paused" / str(rank) for rank in range(ranks)]
-        self.cluster.until(lambda: all(file.exists() for file in files) or self.over(), f"a pause of {self.folder}")
+        self.until(lambda: all(file.exists() for file in files) or self.over(), "a pause")
         assert not self.over(), self.log()
         return [int(file.read_text()) for file in files]
 
     def until_requeued(self) -> None:
         """Wait until it is in the queue again."""
-        self.cluster.until(lambda: self.restarts == 1 or self.over(), f"a requeue of {self.folder}")
+        self.until(lambda: self.restarts == 1 or self.over(), "a requeue")
         assert not self.over(), self.log()
         self.cluster.state_of(self.id, "PENDING")
 
     def end(self) -> str:
         """Wait until it is over; how it ended."""
-        self.cluster.until(self.over, f"the end of {self.folder}")
+        self.until(self.over, "the end")
         return self.cluster.job(self.id)["JobState"]
 
     def log(self) -> str:

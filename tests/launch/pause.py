@@ -37,7 +37,7 @@ class Pause(Callback):
         draft = Path("paused", f".{trainer.global_rank}")
         draft.write_text(str(os.getpid()))
         draft.rename(draft.with_name(str(trainer.global_rank)))
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while stopper.received is None:
             assert time.monotonic() < deadline, "no signal came"
             time.sleep(0.05)

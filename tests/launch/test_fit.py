@@ -106,8 +106,8 @@ def submit(cluster: Cluster, folder: Path, inputs: Path, layout: Layout, extra: 
         },
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    python = f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT} HF_HUB_OFFLINE=1\n"
-    (folder / "env.sh").write_text(python)
+    path = f"PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}"
+    (folder / "env.sh").write_text(f"export {path} HF_HUB_OFFLINE=1 PYTHONFAULTHANDLER=1\n")
     command = [
         *layout.sbatch,
         "--cpus-per-task=1",
