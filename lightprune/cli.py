@@ -6,6 +6,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,6 +29,7 @@ from lightprune.progress import PruningProgressBar
 from lightprune.random_state import RandomState
 from lightprune.regularizers.base import Regularizer
 from lightprune.report import RunReport
+from lightprune.run_checks import check_checkpoint
 from lightprune.selectors.base import Selector
 from lightprune.surgery import resulting_parameters
 
@@ -140,6 +142,13 @@ class LightpruneCLI(LightningCLI):
         overwrite.nargs, overwrite.const = "?", True
         super().parse_arguments(parser, args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads the hyperparameters in a checkpoint before there is a trainer."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and Path(path).is_file():
+            check_checkpoint(path)
+        super()._parse_ckpt_path()
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the progress bar and the report where the config does not bring its own."""
         config = self._get(self.config_init, "trainer")
@@ -149,7 +158,10 @@ class LightpruneCLI(LightningCLI):
         # In front, so that the report's last validation is there when the export writes its model card.
         callbacks = [*defaults, *callbacks]
         offline = OFFLINE if self.subcommand in ("plan", "export") else {}
-        return super().instantiate_trainer(callbacks=callbacks, **offline, **kwargs)
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, **offline, **kwargs)
+        except (ValueError, RuntimeError) as error:  # of an argument of the Trainer's, or two callbacks with one state
+            raise ConfigError(str(error)) from error
 
 
 def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[Callback]:

@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from lightprune import run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
-from lightprune.errors import ConfigError
 from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics
 from lightprune.partitioned import whole_construction
@@ -362,10 +361,7 @@ class Pipeline:
     def _load_checkpoint(
         self, original: Callable[..., dict[str, Any]], checkpoint_path: str | Path, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        if "://" not in str(checkpoint_path) and not Path(checkpoint_path).exists():
-            raise ConfigError(
-                f"There is no checkpoint at {str(checkpoint_path)!r}: name an existing one in `ckpt_path`."
-            )
+        run_checks.check_checkpoint(checkpoint_path, self.trainer.strategy.checkpoint_io)
         return self.engine.load(original, self._restructure, checkpoint_path, *args, **kwargs)
 
     def _restructure(self, states: Mapping[str, Any]) -> None:

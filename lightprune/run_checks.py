@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
+from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightprune.errors import ConfigError
@@ -25,6 +28,25 @@ def check_run(pipeline: "Pipeline") -> None:
     _check_length(pipeline)
     _check_clipping(pipeline)
     _check_optimizers(pipeline)
+
+
+def check_checkpoint(path: str | Path, io: CheckpointIO | None = None) -> None:
+    """Check that there is a checkpoint on this machine, if it is not to come from elsewhere.
+
+    Args:
+        path: the `ckpt_path`.
+        io: what will read it, if it may be something else than PyTorch's files.
+
+    Raises:
+        ConfigError: there is nothing, or a file that PyTorch has not saved, or not to its end.
+    """
+    if "://" in str(path):
+        return
+    if not Path(path).exists():
+        raise ConfigError(f"There is no checkpoint at {str(path)!r}: name an existing one in `ckpt_path`.")
+    of_torch = io is None or type(io) is TorchCheckpointIO
+    if of_torch and Path(path).is_file() and not is_zipfile(path):
+        raise ConfigError(f"{str(path)!r} is no checkpoint, or not a whole one: name another one in `ckpt_path`.")
 
 
 def check_resume(parts: "Sequence[Part]", states: Mapping[str, Any]) -> None:

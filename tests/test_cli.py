@@ -178,7 +178,11 @@ def test_plan_runs_where_the_config_trains_elsewhere(configs: list[str]) -> None
         (["fit", "--data.init_args.block_size=1"], "data.block_size is 1"),
         (["export", "--ckpt_path=none.ckpt", "--output=exported"], "There is no checkpoint at 'none.ckpt'"),
         (["fit", "--ckpt_path=none.ckpt"], "There is no checkpoint at 'none.ckpt'"),
+        (["fit", "--ckpt_path=method.yaml"], "'method.yaml' is no checkpoint"),
+        (["export", "--ckpt_path=method.yaml", "--output=exported"], "'method.yaml' is no checkpoint"),
         (["fit", "--trainer.limit_train_batches=-3"], "limit_train_batches"),
+        (["fit", "--trainer.strategy=abacus"], "invalid strategy name: `strategy='abacus'`"),
+        (["fit", "--trainer.callbacks+=lightprune.GateAnnealing"], "more than one stateful callback"),
         (["fit", "--config=none.yaml"], "none.yaml"),
         (["fit", "--trainer.max_stepz=1"], "max_stepz"),
     ],
@@ -271,8 +275,9 @@ def test_debug_shows_the_traceback(configs: list[str], monkeypatch: pytest.Monke
 
 
 def test_other_errors_keep_their_traceback(configs: list[str]) -> None:
-    with pytest.raises(ValueError, match="invalid accelerator name"):
-        main(["fit", *configs, "--trainer.accelerator=abacus"])
+    interrupt = {"class_path": "tests.test_cli.Interrupt", "init_args": {"step": 1}}
+    with pytest.raises(Interruption):
+        main(["fit", *configs, f"--trainer.callbacks+={json.dumps(interrupt)}"])
 
 
 def test_default_callbacks_give_way_to_the_users() -> None:
