@@ -22,13 +22,14 @@ from lightprune.cycle import expected_shapes
 from lightprune.data import DomainCounts
 from lightprune.errors import ConfigError
 from lightprune.export import card_of, check_target, export_hf, tokenizer_of
-from lightprune.host import find_causal_lm
+from lightprune.host import callbacks_of, find_causal_lm
 from lightprune.pipeline import Part, Pipeline
 from lightprune.plan import PruningPlan
 from lightprune.progress import PruningProgressBar
 from lightprune.random_state import RandomState
 from lightprune.regularizers.base import Regularizer
 from lightprune.report import RunReport
+from lightprune.reweighting import DomainReweighting
 from lightprune.run_checks import check_checkpoint
 from lightprune.selectors.base import Selector
 from lightprune.surgery import resulting_parameters
@@ -238,6 +239,10 @@ def _timeline(pipeline: Pipeline) -> Table:
     table.add_column("to", justify="right")
     for part in pipeline.parts:
         table.add_row(type(part).__name__, *_window(part, pipeline))
+    for callback in callbacks_of(pipeline.trainer):
+        if isinstance(callback, DomainReweighting):
+            stop = "end" if callback.stop is None else str(callback.stop)
+            table.add_row(type(callback).__name__, str(callback.start), stop)
     steps, epochs = pipeline.trainer.max_steps, pipeline.trainer.max_epochs
     table.add_row("end of the run", str(steps) if steps != -1 else f"{epochs} epochs", "")
     return table

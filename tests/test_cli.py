@@ -164,6 +164,13 @@ def test_plan_of_layers_to_be_learned(configs: list[str], capsys: pytest.Capture
     assert "BlockInfluenceSelector decides about layers at step 2" in capsys.readouterr().out
 
 
+def test_plan_tells_when_the_domains_are_reweighted(configs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    reweighting = {"class_path": "lightprune.DomainReweighting", "init_args": {"start": 1}}
+    assert main(["plan", *configs, f"--trainer.callbacks+={json.dumps(reweighting)}"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "DomainReweighting" in line]
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["DomainReweighting", "1", "end"]
+
+
 def test_plan_runs_where_the_config_trains_elsewhere(configs: list[str]) -> None:
     assert main(["plan", *configs, "--trainer.accelerator=cuda", "--trainer.devices=8"]) == 0
 
