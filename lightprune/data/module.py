@@ -19,6 +19,9 @@ from lightprune.errors import ConfigError
 from lightprune.hub import load_tokenizer
 from lightprune.preemption import outlive_preemption
 
+WORKER_TIMEOUT = 30 * 60
+"""Seconds that training waits for a batch before it gives up a worker: as long as ranks wait for one another."""
+
 
 class TextDataModule(LightningDataModule):
     """Language-model batches from a weighted mixture of text domains.
@@ -53,7 +56,8 @@ class TextDataModule(LightningDataModule):
         validation: What is held out of each domain, at least: a share of its blocks, or a number of blocks. Whole
             documents are held out where that comes to at most twice as much, and else the end of the text, which may
             cut one document in two. The same blocks for every `seed`. Of a stream it is the beginning, and a number.
-        num_workers: Worker processes for each loader, at most `weights_lag`. Their number changes no batch.
+        num_workers: Worker processes for each loader, at most `weights_lag`. Their number changes no batch. One that
+            hangs for half an hour ends the run.
         weights_lag: After how many batches new weights act (`set_weights`): as far ahead of training may workers be.
         seed: Of the order in which blocks are drawn.
         cache_dir: None is the environment's `LIGHTPRUNE_CACHE`, or else `~/.cache/lightprune`. Nodes of one run should
@@ -245,6 +249,7 @@ class TextDataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
+            "timeout": WORKER_TIMEOUT if self.num_workers else 0,
             "worker_init_fn": outlive_preemption,
             "pin_memory": torch.cuda.is_available(),
             # Its own: making an iterator must not touch the global random state, for a resumed run makes more of them.

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -363,3 +364,13 @@ def test_a_missing_file_is_found_before_anything_is_tokenized(texts: Path, tmp_p
     with pytest.raises(ConfigError, match=r"^data.domains.not.files is .* no such file\.$"):
         data(texts, domains=domains, cache_dir=str(tmp_path / "cache")).prepare_data()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_worker_that_hangs_is_given_up(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightprune.data.module, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr(lightprune.data.module, "outlive_preemption", lambda worker_id: time.sleep(30))
+    module = data(texts, num_workers=1)
+    module.prepare_data()
+    module.setup("fit")
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        next(iter(module.train_dataloader()))
