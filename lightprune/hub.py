@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -194,7 +196,7 @@ def _readable_errors(uri: str | Path, wanted: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError, struct.error) as error:  # the last two: cut-off files
         reason = str(error).strip().split("\n")[0].rstrip(".:").replace(". ", "; ")
         if isinstance(error, ImportError):
             advice = "install what it needs, or choose another `attn_implementation` or `model`"

@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightprune.data import TextDataModule
+from lightprune.errors import ConfigError
 from lightprune.hub import Dtype, load_causal_lm, load_tokenizer
 from lightprune.metrics import DomainLoss, token_losses
 from lightprune.partitioned import whole_construction
@@ -90,6 +93,11 @@ class CausalLM(LightningModule):
             # 5.23 calls it activation_checkpointing_enable; only this name is in every 5.x.
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
+    def on_fit_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TextDataModule):
+            check_fits(self.lm, data)
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The mean loss per token to train on; for callbacks, each sample's summed token losses and token count [B]."""
         loss_sums, token_counts = self._token_losses(batch)
@@ -131,3 +139,27 @@ class CausalLM(LightningModule):
         # `compute` is already the same on every rank; `sync_dist` only tells Lightning so.
         self.log_dict({f"{stage}/{name}": value for name, value in metric.compute().items()}, sync_dist=True)
         metric.reset()
+
+
+def check_fits(lm: PreTrainedModel, data: TextDataModule) -> None:
+    """Refuse tokens and positions for which a model has no embeddings.
+
+    Blocks beyond the context of a model whose positions need none are worth a warning.
+
+    Raises:
+        ConfigError: the tokenizer is another model's, or the blocks are too long.
+    """
+    tokens = cast(nn.Embedding, lm.get_input_embeddings())
+    # Some tokenizers have one or two added tokens more, which no text has.
+    if data.tokenizer.vocab_size > tokens.num_embeddings:
+        raise ConfigError(
+            f"The tokenizer has {data.tokenizer.vocab_size} tokens, and the model embeds {tokens.num_embeddings}: set "
+            "data.tokenizer to the model's own, or to null if that lies with the model."
+        )
+    context = getattr(lm.config, "max_position_embeddings", None)
+    if context is None or data.block_size <= context:
+        return
+    sentence = f"data.block_size is {data.block_size}, and the model's context has {context} positions"
+    if any(isinstance(module, nn.Embedding) and module is not tokens for module in lm.modules()):
+        raise ConfigError(f"{sentence}: set it to at most that.")
+    rank_zero_warn(f"{sentence}: what lies beyond, it has never seen.")

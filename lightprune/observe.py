@@ -6,33 +6,37 @@ Shapes: B sequences, T tokens, d hidden dimensions.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 
 @dataclass
 class TokenMask:
-    """The attention mask [B, T] of the LM's current forward pass, so that padding weighs nothing in a mean."""
+    """The attention mask [B, T] of the current forward pass, so that padding weighs nothing in a mean."""
 
     mask: Tensor | None = None
 
-    def watch(self, lm: PreTrainedModel) -> RemovableHandle:
-        """Follow the model's calls until the handle is removed."""
+    def watch(self, decoder: nn.Module) -> RemovableHandle:
+        """Follow the calls of `Anatomy.decoder` until the handle is removed."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.mask = attention_mask_of(args, kwargs)
 
-        return lm.register_forward_pre_hook(hook, with_kwargs=True)
+        return decoder.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def total(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of per-token `values` [B, T] over the tokens that are not padding, and how many these are."""
+        there = self.mask is not None and self.mask.shape == values.shape
+        counted = cast(Tensor, self.mask).to(values.device) != 0 if there else torch.ones_like(values, dtype=torch.bool)
+        return torch.where(counted, values, 0).sum(), counted.sum()
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of per-token `values` [B, T] over the tokens that are not padding."""
-        if self.mask is None or self.mask.shape != values.shape:
-            return values.mean()
-        weights = self.mask.to(values.dtype)
-        return (values * weights).sum() / weights.sum().clamp(min=1)
+        """The mean of per-token `values` [B, T] over the tokens that are not padding; 0 where all are."""
+        total, count = self.total(values)
+        return total / count.clamp(min=1)
 
 
 def attention_mask_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

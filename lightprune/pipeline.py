@@ -303,7 +303,7 @@ class Pipeline:
         """Find the model and check every part against it; called once the module has built its layers."""
         _, lm = find_causal_lm(self.module)
         self.anatomy = anatomy_of(lm)
-        self._unwrap.append(lm.register_forward_pre_hook(self._note_forward).remove)
+        self._unwrap.append(self.anatomy.decoder.register_forward_pre_hook(self._note_forward).remove)
         if self.fitting and not (self.cut is not None and self.cut.done):
             self._check()
 
@@ -415,6 +415,7 @@ class Pipeline:
         if self.engine.stepping:
             for part in self.parts:
                 part.learn()
+            self.engine.adjust_scale()
             self.engine.skip_step(optimizer)
         return result
 

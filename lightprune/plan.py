@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from lightprune.anatomy import Anatomy, Shape, Structure, Unit
 from lightprune.anatomy.predicates import even_groups, nearest
 from lightprune.errors import ConfigError
+from lightprune.partitioned import parameter_count
 from lightprune.plan_json import Indices, indices, indices_per_layer, is_count, listed, shortened
 
 FORMAT_VERSION = 1
@@ -82,13 +83,18 @@ class PruningPlan:
 
     @classmethod
     def arriving_at(cls, anatomy: Anatomy, target: Shape) -> "PruningPlan":
-        """A plan that ends in the counts `target`; it keeps the first units of everything. Nothing is checked."""
+        """A plan that ends in the counts `target`, and leaves no fewer parameters than any other. Nothing is checked.
+
+        It keeps the first units of everything; of the layers, which a mixture of experts may have of two sizes, the
+        largest.
+        """
         source = anatomy.shape
+        by_size = sorted(range(source.layers), key=lambda index: -parameter_count(anatomy.layers[index]))
         per_group = target.heads_per_group
         heads = [group * source.heads_per_group + i for group in range(target.kv_groups) for i in range(per_group)]
         return cls.of(
             anatomy,
-            layers=range(target.layers),
+            layers=sorted(by_size[: target.layers]),
             heads=None if source.heads == target.heads else [heads] * source.layers,
             channels=None if source.channels == target.channels else [range(target.channels)] * source.layers,
             hidden=None if source.hidden == target.hidden else range(target.hidden),

@@ -52,13 +52,22 @@ class RunReport(FinishingCallback):
 
     def __init__(self, validate_at_start: bool = True) -> None:
         self.validate_at_start = validate_at_start
+        self._phase = "validation"
+        self._mark: float | None = None
+        self._hook: RemovableHandle | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._tokens: dict[str, int | torch.Tensor] = {}
         self._seconds: dict[str, float] = {}
         self._metrics: dict[str, Metrics] = {}
         self._before: dict[str, int] = {}
-        self._phase = "validation"
-        self._mark: float | None = None
-        self._hook: RemovableHandle | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin anew, unless this trainer has trained already and goes on."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.global_step == 0:
+            self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The totals so far."""
@@ -127,6 +136,13 @@ class RunReport(FinishingCallback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave no hook on the model."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave none there either: Lightning calls no `teardown` then."""
+        self._release()
+
+    def _release(self) -> None:
         if self._hook is not None:
             self._hook.remove()
         self._hook, self._mark = None, None

@@ -165,6 +165,18 @@ def test_refuses_other_models_and_files(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "model.gguf"])
+def test_a_download_that_was_cut_off(file: str, saved: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(saved, tmp_path / "cut-off")
+    if file.endswith(".gguf"):
+        (path / file).write_bytes(b"GGUF\x03\x00")
+        path /= file
+    else:
+        (path / file).write_bytes((path / file).read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=f"Could not load a causal LM from '{path}'"):
+        load_causal_lm(path)
+
+
 @pytest.mark.slow
 def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path) -> None:
     lm, tokenizer = load_causal_lm(SMOLLM2), load_tokenizer(SMOLLM2)

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from lightprune import DifferencePenalty, LayerGateSelector, RandomSelector
+from lightprune import DifferencePenalty, HardConcreteSelector, LayerGateSelector, RandomSelector
 from tests.training import Batch, Plain, Spy, assert_close, batches, fit, gradients, weights
 
 
@@ -54,6 +54,19 @@ def test_an_overflow_skips_the_gates_and_lowers_the_scale(hold: bool) -> None:
     assert plugin.scaler is not None
     assert plugin.scaler.get_scale() == 2.0**56
     assert_close(weights(module), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_two_parts_that_learn_adjust_the_scale_once(hold: bool) -> None:
+    plugin = changing_scale()
+    assert plugin.scaler is not None
+    scales = Spy(lambda *_: plugin.scaler.get_scale())
+    parts = [
+        LayerGateSelector(drop=1, steps_per_round=5, hold_weights=hold),
+        HardConcreteSelector(channels=32, stop=5, hold_weights=hold),
+    ]
+    fit(Plain(), [scales, *parts], batches(4), max_steps=4, plugins=[plugin])
+    assert scales.seen == [16.0, 64.0, 256.0, 1024.0]
 
 
 class Skips(Plain):

@@ -21,8 +21,11 @@ from transformers import (
 )
 
 from lightprune.anatomy import anatomy_of
+from lightprune.data import Source, TextDataModule
+from lightprune.errors import ConfigError
 from lightprune.metrics import token_losses
 from lightprune.module import CausalLM
+from tests.data.conftest import byte_tokenizer
 
 VOCAB, LENGTH, DOMAINS = 32, 12, ["code", "web"]
 
@@ -249,6 +252,32 @@ def test_fit_follows_a_plain_loop(saved: dict[str, str]) -> None:
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     for ours, theirs in zip(module.lm.parameters(), lm.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "block_size", "sentence"),
+    [
+        ("llama", 8, r"The tokenizer has 257 tokens, and the model embeds 32: set data.tokenizer"),
+        ("wide gpt2", 33, r"data.block_size is 33, and the model's context has 32 positions: set it to at most that"),
+    ],
+)
+def test_data_that_the_model_cannot_read(
+    path: str, block_size: int, sentence: str, saved: dict[str, str], tmp_path: Path
+) -> None:
+    model, config = CONFIGS["gpt2"]
+    model(GPT2Config(**config.to_dict() | {"vocab_size": 257})).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "text.txt").write_text("All the world is a stage. " * 20)
+    data = TextDataModule(
+        {"plays": Source(files=str(tmp_path / "text.txt"))},
+        byte_tokenizer(),
+        block_size=block_size,
+        batch_size=1,
+        validation=1,
+        num_workers=0,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    with pytest.raises(ConfigError, match=sentence):
+        make_trainer(max_steps=1).fit(CausalLM(saved.get(path, str(tmp_path / "gpt2"))), datamodule=data)
 
 
 def test_the_model_is_built_once_and_not_before_fit(saved: dict[str, str]) -> None:

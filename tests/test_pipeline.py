@@ -69,6 +69,28 @@ def test_held_weights_cost_no_gradient() -> None:
     assert spy.seen == [(True, True)] * 3
 
 
+class TwoSteps(Plain):
+    """Two optimizer steps a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(2):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
+def test_a_batch_of_two_steps_may_pass_a_whole_window() -> None:
+    module, cut = TwoSteps(), StructuredCut(at=4)
+    fit(module, [BlockInfluenceSelector(drop=2, stop=3), GateAnnealing(), cut], batches(4), max_steps=8)
+    assert cut.done
+    assert len(module.lm.model.layers) == 4
+
+
 def test_global_step_and_schedulers_count_held_steps_without_warnings(recwarn: Any) -> None:
     spy = Spy(lambda trainer, _: (trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"]))
     module = Plain(scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: 1 / (1 + s)))

@@ -161,6 +161,35 @@ def test_resume_goes_on_counting(tmp_path: Path) -> None:
     assert found["phases"]["transfer"]["seconds"] == summary(twice, "summary.1.json")["phases"]["transfer"]["seconds"]
 
 
+def test_an_interrupted_fit_goes_on_counting(tmp_path: Path) -> None:
+    class Fails(Stranger):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            if self.global_step == 2 and not self.failed:
+                self.failed = True
+                raise RuntimeError("no luck")
+            return super().training_step(batch, batch_idx)
+
+        failed = False
+
+    again, module = trainer(tmp_path, RunReport(), max_steps=4), Fails(mask=None)
+    with pytest.raises(RuntimeError, match="no luck"):
+        again.fit(module)
+    assert not module.backbone._forward_pre_hooks
+    again.fit(module)
+    assert summary(tmp_path)["phases"]["train"]["tokens"] == 4 * BATCH * LENGTH
+
+
+def test_another_trainer_counts_from_the_beginning(tmp_path: Path) -> None:
+    report, module = RunReport(), Stranger()
+    for run in ("one", "two"):
+        trainer(tmp_path / run, RandomSelector(drop=1), StructuredCut(at=2), report).fit(module)
+    one, two = summary(tmp_path / "one"), summary(tmp_path / "two")
+    assert two["before"] == one["after"]
+    assert {phase: of["tokens"] for phase, of in two["phases"].items()} == {
+        phase: of["tokens"] for phase, of in one["phases"].items()
+    }
+
+
 def test_reporting_does_not_change_the_run(tmp_path: Path) -> None:
     class Draws(Callback):
         def __init__(self) -> None:

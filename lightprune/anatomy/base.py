@@ -208,6 +208,14 @@ class Anatomy:
         return layers
 
     @property
+    def decoder(self) -> nn.Module:
+        """The module that runs the layers, from token ids to hidden states.
+
+        Every pass goes through it: a module with a loss of its own may call it and the head, and never the LM.
+        """
+        return self.lm.get_submodule(self.family.layers.rpartition(".")[0])
+
+    @property
     def num_layers(self) -> int:
         """How many decoder layers the model has now."""
         return len(self.layers)

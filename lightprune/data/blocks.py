@@ -1,5 +1,6 @@
 """Fixed-length blocks of tokens: the split into training and validation, and the data set that batches come from."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -18,7 +19,12 @@ from lightprune.errors import ConfigError
 from lightprune.metrics import IGNORE_INDEX
 
 PADDING = -1
-"""The block of a sample that fills up a rank's last batch: all its labels are ignored."""
+"""The block of a sample that fills up a rank's share: all its labels are ignored."""
+
+
+def fingerprint(tokens: NDArray[Any]) -> str:
+    """A short hash of tokens."""
+    return hashlib.sha256(tokens.astype(np.int64).tobytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class Blocks:
     def __getitem__(self, block: int) -> NDArray[Any]:
         """[size], the tokens of one block."""
         return np.asanyarray(self.array[block])
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the first, the middle and the last block."""
+        return fingerprint(self.array[[0, self.count // 2, self.count - 1]])
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -166,7 +177,8 @@ class OrderedSampler(DistributedSampler[tuple[int, int]]):
     """Every block once and in order, dealt over the ranks.
 
     Ranks get equally many, so that collective operations match; what is missing for that is `PADDING`, which no
-    token-weighted metric counts. (`DistributedSampler` repeats samples instead, and they would count twice.)
+    token-weighted metric counts. (`DistributedSampler` repeats samples instead, and they would count twice.) It comes
+    first, where a batch has other samples beside it: the mean loss of a batch without any label is not a number.
 
     Args:
         counts: The number of blocks of each domain.
@@ -180,6 +192,6 @@ class OrderedSampler(DistributedSampler[tuple[int, int]]):
         self.counts = list(counts)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        samples = ((domain, block) for domain, count in enumerate(self.counts) for block in range(count))
         padding = repeat((0, PADDING), self.total_size - sum(self.counts))
-        return islice(chain(samples, padding), self.rank, None, self.num_replicas)
+        samples = ((domain, block) for domain, count in enumerate(self.counts) for block in range(count))
+        return islice(chain(padding, samples), self.rank, None, self.num_replicas)

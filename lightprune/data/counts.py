@@ -27,6 +27,9 @@ class DomainCounts(Callback):
         self._logged_at = 0
         self._warned: set[str] = set()
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._logged_at, self._warned = 0, set()
+
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:

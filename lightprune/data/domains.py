@@ -8,7 +8,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from lightprune.data.blocks import Blocks, StreamedBlocks, split_blocks
+from lightprune.data.blocks import Blocks, StreamedBlocks, fingerprint, split_blocks
 from lightprune.data.order import FixedSupply, Supply
 from lightprune.data.sources import Source
 from lightprune.data.stream import WINDOW, BlockStream, TokenStream
@@ -44,11 +44,18 @@ def tokenize_domains(
         cache: The root of the cache.
 
     Raises:
-        ConfigError: A source cannot be read, or holds no text.
+        ConfigError: A source cannot be read, or holds no text; there can be no cache at `cache`.
     """
     identity = tokenizer_identity(tokenizer)
-    # All entries first, so that a missing file is found before anything is tokenized.
+    # All entries first, so that a missing file is found before anything is made.
     entries = {name: cache_entry(cache, source, identity, domain=name) for name, source in sources.items()}
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The cache of tokens {str(cache)!r} cannot be made ({error.strerror}): set data.cache_dir, or "
+            "LIGHTPRUNE_CACHE in the environment, to a directory that one may write to."
+        ) from error
     return {
         name: (TokenStream if sources[name].streaming else tokenize_once)(
             sources[name], tokenizer, domain=name, directory=directory
@@ -87,7 +94,9 @@ def open_domain(
         f"{block_size}, split {'between' if split.by_document else 'inside'} documents; "
         f"{split.dropped:,} tokens in the tails dropped."
     )
-    return Domain(split.train, FixedSupply(split.train.count), split.validation, split.validation.count)
+    return Domain(
+        split.train, FixedSupply(split.train.count, split.train.fingerprint), split.validation, split.validation.count
+    )
 
 
 def _open_stream(tokens: TokenStream, *, name: str, block_size: int, wanted: int, max_blocks: int | None) -> Domain:
@@ -104,7 +113,7 @@ def _open_stream(tokens: TokenStream, *, name: str, block_size: int, wanted: int
     fitting = ends[(ends >= wanted) & (ends <= there - block_size)]
     start = int(fitting[0]) if len(fitting) else wanted
     held_out = start // block_size
-    train = BlockStream(tokens, start, block_size, max_blocks, WINDOW)
+    train = BlockStream(tokens, start, block_size, max_blocks, WINDOW, fingerprint(head))
     rank_zero_info(
         f"Domain {name!r}: a stream, its first {held_out:,} blocks of {block_size} for validation, split "
         f"{'between' if len(fitting) else 'inside'} documents; {tokens.progress.tokens:,} tokens in the cache so far; "

@@ -15,7 +15,7 @@ from lightprune.data.loader import MixtureLoader
 from lightprune.data.mixture import MixtureSampler, check_weights
 from lightprune.data.sources import Source
 from lightprune.data.tokens import cache_root
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_number
 from lightprune.hub import load_tokenizer
 from lightprune.preemption import outlive_preemption
 
@@ -90,15 +90,11 @@ class TextDataModule(LightningDataModule):
             raise ConfigError("data.domains is empty, but must name at least one domain.")
         for name, source in domains.items():
             source.check(name)
-        for key, value, least in (
-            ("block_size", block_size, 2),  # one token predicts the next
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("weights_lag", weights_lag, 0),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"data.{key} is {value}, but must be at least {least}.")
+        check_number("data", "block_size", block_size, whole=True, least=2)  # one token predicts the next
+        check_number("data", "batch_size", batch_size, whole=True, least=1)
+        check_number("data", "num_workers", num_workers, whole=True, least=0)
+        check_number("data", "weights_lag", weights_lag, whole=True, least=0)
+        check_number("data", "seed", seed, whole=True, least=0, most=2**32 - 1)
         if num_workers > weights_lag:
             raise ConfigError(
                 f"data.num_workers is {num_workers}, but must be at most data.weights_lag = {weights_lag}, since each "

@@ -32,9 +32,15 @@ class Supply(Protocol):
 
 @dataclass(frozen=True)
 class FixedSupply:
-    """A domain whose blocks are all there: one window."""
+    """A domain whose blocks are all there: one window.
+
+    Attributes:
+        count: How many there are.
+        text: What tells them from other blocks.
+    """
 
     count: int
+    text: str = ""
 
     @property
     def nominal(self) -> int:
@@ -45,8 +51,8 @@ class FixedSupply:
         return self.count
 
     @property
-    def identity(self) -> int:
-        return self.count
+    def identity(self) -> dict[str, Any]:
+        return {"blocks": self.count, "text": self.text}
 
     def ensure(self, count: int) -> int:
         return min(count, self.count)

@@ -24,7 +24,7 @@ def first_line(error: Exception) -> str:
 
 
 def as_texts(values: Iterable[Any], field: str, domain: str) -> Iterator[str]:
-    """The values of a text column; a null is an empty document.
+    """The values of a text column; a null is an empty document, half of a surrogate pair (`\\ud800` in JSON) a "?".
 
     Raises:
         ConfigError: A value is not text.
@@ -33,7 +33,7 @@ def as_texts(values: Iterable[Any], field: str, domain: str) -> Iterator[str]:
         if value is not None and not isinstance(value, str):
             kind = type(value).__name__
             raise ConfigError(f"{key_of(domain)}.text is {field!r}, but that field holds {kind}, not text.")
-        yield value or ""
+        yield (value or "").encode("utf-8", "replace").decode()
 
 
 def read_files(paths: Sequence[Path], field: str, separator: str | None, domain: str) -> Iterator[Any]:

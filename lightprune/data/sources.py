@@ -15,6 +15,7 @@ from lightprune.hub import PACKAGE_SCHEME, package_path
 
 _KINDS = ("hub", "saved", "files", "builtin")
 _STREAMED = ("hub", "files")
+_SPLIT = ("hub", "saved")
 _ONLY_FOR = {"subset": "hub", "revision": "hub", "separator": "files"}
 
 
@@ -66,6 +67,9 @@ class Source:
         for option, kind in _ONLY_FOR.items():
             if getattr(self, option) is not None and given != [kind]:
                 raise ConfigError(f"{key_of(domain)}.{option} goes with {kind!r} only, but the source is {given[0]!r}.")
+        if self.split != "train" and given[0] not in _SPLIT:
+            kinds = " and ".join(map(repr, _SPLIT))
+            raise ConfigError(f"{key_of(domain)}.split goes with {kinds} only, but the source is {given[0]!r}.")
         if self.streaming and given[0] not in _STREAMED:
             raise ConfigError(
                 f"{key_of(domain)}.streaming goes with {' and '.join(map(repr, _STREAMED))} only, but the source is "

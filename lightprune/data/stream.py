@@ -172,6 +172,7 @@ class BlockStream:
         size: Tokens in a block.
         max_blocks: At most that many blocks; None for all.
         window: How many neighboring blocks are shuffled together.
+        text: What tells them from other blocks.
     """
 
     tokens: TokenStream
@@ -179,6 +180,7 @@ class BlockStream:
     size: int
     max_blocks: int | None
     window: int
+    text: str = ""
 
     @property
     def blocks(self) -> StreamedBlocks:
@@ -197,7 +199,13 @@ class BlockStream:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"start": self.start, "block_size": self.size, "max_blocks": self.max_blocks, "window": self.window}
+        return {
+            "start": self.start,
+            "block_size": self.size,
+            "max_blocks": self.max_blocks,
+            "window": self.window,
+            "text": self.text,
+        }
 
     def ensure(self, count: int) -> int:
         wanted = self._limited(count)

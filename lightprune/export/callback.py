@@ -1,6 +1,7 @@
 """`ExportHF`: the callback that writes the model when training ends."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -25,7 +26,7 @@ class ExportHF(FinishingCallback):
 
     Args:
         path: the directory to write; it must not exist.
-        overwrite: replace an earlier export at `path`, once the new one is verified.
+        overwrite: replace an earlier export at `path`, once the new one is verified, if nothing else is there.
         dtype: dtype of the exported weights; None keeps that of the model.
     """
 
@@ -39,7 +40,7 @@ class ExportHF(FinishingCallback):
         super().setup(trainer, pl_module, stage)
         self._last_validation = {}
         if stage == "fit":
-            check_target(self.path, overwrite=self.overwrite)
+            _check_apart(check_target(self.path, overwrite=self.overwrite), trainer)
             if self.dtype is not None:
                 torch_dtype(self.dtype)
 
@@ -67,6 +68,22 @@ class ExportHF(FinishingCallback):
             )
             rank_zero_info(f"Exported to {str(target)!r}, reloaded and compared.")
         trainer.strategy.barrier("lightprune.ExportHF")
+
+
+def _check_apart(target: Path, trainer: L.Trainer) -> None:
+    """Refuse a directory that the run itself will make, and that so would be there when the export comes."""
+    made: dict[str, list[str | None]] = {
+        "trainer.default_root_dir": [trainer.default_root_dir],
+        "a ModelCheckpoint's `dirpath`": [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks],
+        "a logger's directory": [logger.save_dir for logger in trainer.loggers],
+    }
+    for name, paths in made.items():
+        for path in filter(None, paths):
+            if Path(path).absolute().is_relative_to(target.absolute()):
+                raise ConfigError(
+                    f"ExportHF.path is {str(target)!r}, where {name} lies: choose another `path`, such as "
+                    f"{str(target / 'pruned')!r}."
+                )
 
 
 def card_of(trainer: L.Trainer, *, last_validation: Mapping[str, float] | None = None) -> Card:

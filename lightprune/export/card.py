@@ -63,6 +63,11 @@ def model_card(lm: PreTrainedModel, plan: PruningPlan | None, card: Card, notes:
     return "\n\n".join(sections) + "\n"
 
 
+def is_model_card(path: Path) -> bool:
+    """Whether a file is one that `model_card` made."""
+    return path.is_file() and "\n- lightprune\n" in path.read_text(encoding="utf-8", errors="replace")
+
+
 def _hub_name(lm: PreTrainedModel) -> str | None:
     """`org/name` if the model came from the Hub, as far as it still knows."""
     name = str(lm.name_or_path)

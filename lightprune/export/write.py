@@ -4,13 +4,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.errors import ConfigError
-from lightprune.export.card import Card, model_card
+from lightprune.export.card import Card, is_model_card, model_card
 from lightprune.export.convert import outgoing
 from lightprune.export.verify import verify_export
 from lightprune.expressible import is_tied
@@ -21,6 +22,24 @@ from lightprune.plan import PruningPlan
 # What is written into a model's config for saving, and taken back.
 _CONFIG_FIELDS = ("dtype", "architectures", "tie_word_embeddings")
 
+# The files of an export: the model's, and those of all kinds of tokenizers.
+_FILES = (
+    "README.md",
+    "pruning_plan.json",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+
 
 def check_target(path: str | Path, *, overwrite: bool) -> Path:
     """Where an export may go.
@@ -29,25 +48,37 @@ def check_target(path: str | Path, *, overwrite: bool) -> Path:
         `path` as a `Path`, with `~` expanded.
 
     Raises:
-        ConfigError: it exists and `overwrite` is not set, it exists and is no earlier export, or nothing can be there.
+        ConfigError: it exists and `overwrite` is not set, it exists and is no earlier export or holds anything that an
+            export does not write, or nothing can be there.
     """
     if not path:
         raise ConfigError(f"The output is {path!r}: name the directory to write in `path`.")
-    target = Path(path).expanduser()
-    above = next(parent for parent in target.absolute().parents if parent.exists())
+    try:
+        target = Path(path).expanduser()
+    except RuntimeError as error:  # the home of somebody unknown
+        raise ConfigError(f"The output is {str(path)!r}, and there is no such home: choose another `path`.") from error
+    above = next((parent for parent in target.absolute().parents if parent.exists()), target)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(
             f"The output {str(target)!r} cannot be made, since {str(above)!r} is no directory that one may write to: "
             "choose another `path`."
         )
-    if target.exists() and not overwrite:
+    if not os.path.lexists(target):
+        return target
+    if not overwrite:
         raise ConfigError(
             f"The output {str(target)!r} exists already: choose another `path`, or set `overwrite: true` to replace it."
         )
-    if target.exists() and not (target / "config.json").is_file():
+    if not is_model_card(target / "README.md"):
         raise ConfigError(
-            f"The output {str(target)!r} exists and is no Hugging Face model, so `overwrite` will not replace it: "
+            f"The output {str(target)!r} exists and is no export of lightprune's, so `overwrite` will not replace it: "
             "choose another `path`."
+        )
+    others = sorted(name for name in os.listdir(target) if not any(fnmatch(name, file) for file in _FILES))
+    if others:
+        raise ConfigError(
+            f"The output {str(target)!r} holds {', '.join(map(repr, others))} beside an earlier export, so `overwrite` "
+            "will not replace it: choose another `path`."
         )
     return target
 

@@ -150,6 +150,7 @@ def substitute(optimizers: Sequence[Optimizer], substitutes: Mapping[nn.Paramete
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [new for old in group["params"] for new in substitutes.get(old, (old,))]
+            group.pop("param_names", None)  # they would be those of others
     _forget(optimizers, substitutes)
     placed = {parameter for groups in groups_of(optimizers) for group in groups for parameter in group}
     homeless = [new for news in substitutes.values() for new in news if new not in placed]

@@ -90,7 +90,8 @@ class Regularizer(Part):
             self.watch(plan)
         _, end = self.window(cycle)
         assert end is not None
-        self.apply(min((step + 1 - began) / (end - began), 1.0))
+        # A batch of several steps may have passed the whole window.
+        self.apply(min((step + 1 - began) / (end - began), 1.0) if began < end else 1.0)
 
     def detach(self) -> None:
         self._attached = False

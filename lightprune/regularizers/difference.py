@@ -81,7 +81,7 @@ class DifferencePenalty(Regularizer):
     def watch(self, plan: PruningPlan) -> None:
         layers = self.pipeline.anatomy.layers
         self._layers = list(plan.dropped_layers)
-        self._handles.append(self._tokens.watch(self.pipeline.lm))
+        self._handles.append(self._tokens.watch(self.pipeline.anatomy.decoder))
         self._handles += [on_output(layers[index], self._record(index)) for index in self._layers]
 
     def _record(self, index: int) -> Any:
@@ -90,7 +90,8 @@ class DifferencePenalty(Regularizer):
                 return
             change = layer_difference(hidden_in, hidden_out, self.norm)
             if self.relative:
-                change = change / layer_difference(torch.zeros_like(hidden_in), hidden_in.detach(), self.norm)
+                size = layer_difference(torch.zeros_like(hidden_in), hidden_in.detach(), self.norm)
+                change = change / size.clamp(min=1e-6)  # of padding it may be zero, and padding has gradients too
             self._seen[index].append(self._tokens.mean(change))
 
         return use

@@ -1,9 +1,11 @@
 """The proximal group lasso: group norms brought to exactly zero, by the proximal step instead of a gradient."""
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightprune.errors import check_number
+from lightprune.plan import PruningPlan
 from lightprune.regularizers.units import UnitRegularizer, per_unit
 
 
@@ -26,8 +28,10 @@ class ProximalGroupLasso(UnitRegularizer):
 
     Args:
         strength: None takes from each norm, at every step, its share of the steps left: the norms fall to zero evenly,
-            whatever the gradients do, and are zero after the window's last step. A number lambda is the group lasso's:
-            tau = lambda * the current learning rate of the weight; how far that leads depends on the gradients.
+            whatever the gradients do, and are zero after the window's last step. (Weights in half precision lose steps
+            below half of their last digit, so there the norms fall late; a warning says so.) A number lambda is the
+            group lasso's: tau = lambda * the current learning rate of the weight; how far that leads depends on the
+            gradients.
         start: the optimizer step at which it begins; None as soon as the plan is decided.
         stop: the optimizer step by which all groups are zero (with strength None); None is the cut's `at`.
     """
@@ -39,6 +43,19 @@ class ProximalGroupLasso(UnitRegularizer):
     def check_settings(self) -> None:
         super().check_settings()
         check_number(self, "strength", self.strength, least=0, optional=True)
+
+    def watch(self, plan: PruningPlan) -> None:
+        super().watch(plan)
+        if not self._groups or self.strength is not None:
+            return
+        with self.pipeline.engine.edited(self._groups[0].places[0].weight.parameter) as values:
+            dtype = values.dtype  # under DeepSpeed that of the masters
+        if self._steps_left() > 1 / torch.finfo(dtype).eps:
+            rank_zero_warn(
+                f"ProximalGroupLasso shrinks weights in {dtype} over {self._steps_left()} steps, the first of which "
+                "are lost in rounding, so that the norms fall late: train with float32 weights (precision bf16-mixed), "
+                "or in a shorter window."
+            )
 
     @torch.no_grad()
     def project(self) -> None:

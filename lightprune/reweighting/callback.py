@@ -158,8 +158,8 @@ class DomainReweighting(FinishingCallback):
             self._loaded = {}
         elif self.reference == "source" and self._step > 0:
             raise ConfigError(
-                f"DomainReweighting.reference='source' is measured before the first step, and this run goes on from "
-                f"step {self._step} of one without DomainReweighting: give the references as a mapping, or 'dynamic'."
+                f"DomainReweighting.reference='source' is measured before the first step, and this fit begins at step "
+                f"{self._step} without a checkpoint that holds it: give the references as a mapping, or 'dynamic'."
             )
         if self.dynamic_ratio:
             warn_of_equal_shares(self._mixer.initial)
@@ -291,7 +291,7 @@ class DomainReweighting(FinishingCallback):
         if self._source_wanted(trainer):
             assert isinstance(self._reference, FixedReference)
             self._reference.losses = losses
-        if self.losses == "validation" and trainer.global_step > 0:
+        if self.losses == "validation" and trainer.global_step >= max(self.start, 1):
             self._validated = losses
         self._validation_due = False
 

@@ -103,9 +103,10 @@ def warn_of_equal_shares(ratio: Array) -> None:
 
 def warn_of_rare_updates(settings: "DomainReweighting", trainer: L.Trainer, end: float) -> None:
     """Say that the first update lies beyond the end, `end`, of the run or the callback's window."""
-    if settings.losses == "training" and end - settings.start < settings.every:
+    last = end - 1 if end == settings.stop else end  # the step of `stop` is not its own any more
+    if settings.losses == "training" and last - settings.start < settings.every:
         rank_zero_warn(
-            f"DomainReweighting.every is {settings.every}, and from its start the run has {end - settings.start:.0f} "
+            f"DomainReweighting.every is {settings.every}, and from its start it has {last - settings.start:.0f} "
             "steps: there will be no update. Set it to less."
         )
     if settings.losses == "validation" and (trainer.val_check_batch or 0) > end * trainer.accumulate_grad_batches:

@@ -96,6 +96,13 @@ class Selector(Part):
         """Whether nothing more is to be learned before `stop`."""
         return False
 
+    def seen_nothing(self) -> ConfigError:
+        """What to raise where the window has shown nothing to decide by."""
+        return ConfigError(
+            f"{type(self).__name__} has seen nothing by step {self.stop}: between its `start` and `stop` it needs "
+            "batches that run through the model and have a loss."
+        )
+
     def detach(self) -> None:
         self._open = False
         remove_all(self._handles)

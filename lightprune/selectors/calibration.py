@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lightprune.anatomy import Unit
-from lightprune.errors import ConfigError
 from lightprune.observe import TokenMask
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
@@ -45,7 +44,7 @@ class CalibratedUnitSelector(UnitSelector):
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop, hold_weights=True)
         self._sums: dict[Unit, Tensor] = {}
         self._passes = 0
-        self._scored = False  # whether the LM's current forward pass is one to score
+        self._scored = False  # whether the current forward pass is one to score
         self._mask = TokenMask()
 
     @abstractmethod
@@ -57,14 +56,14 @@ class CalibratedUnitSelector(UnitSelector):
         """The scores [L, n], for hidden dimensions [d], that the sums of all ranks amount to."""
 
     def watch(self) -> None:
-        lm = self.pipeline.lm
+        decoder = self.pipeline.anatomy.decoder
 
         def begin(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             # Asked here and not below: checkpointed layers run without gradients and are still training.
             self._scored = self.pipeline.training
             self._passes += self._scored
 
-        self._handles += [lm.register_forward_pre_hook(begin), self._mask.watch(lm)]
+        self._handles += [decoder.register_forward_pre_hook(begin), self._mask.watch(decoder)]
         for unit in self.counts.units:
             nothing = self.attach(unit)
             self._sums[unit] = self._sums.get(unit, nothing).to(nothing.device)
@@ -72,10 +71,7 @@ class CalibratedUnitSelector(UnitSelector):
     def scores(self) -> Mapping[Unit, Tensor]:
         totals = {unit: self.pipeline.engine.sum(sums) for unit, sums in self._sums.items()}
         if not all(sums[0].any() for sums in totals.values()):
-            raise ConfigError(
-                f"{type(self).__name__} has seen nothing by step {self.stop}: between its `start` and `stop` it needs "
-                "batches that run through the model and have a loss."
-            )
+            raise self.seen_nothing()
         return {unit: self.score(unit, sums) for unit, sums in totals.items()}
 
     def choose(self) -> PruningPlan:

@@ -71,6 +71,8 @@ class GreedyPerplexitySelector(LayerSelector):
                 sums[index] += loss
             tokens += tokens_here
         *totals, tokens = self.pipeline.engine.sum(torch.tensor([*sums.values(), tokens], dtype=torch.float64)).tolist()
+        if not tokens:
+            raise self.seen_nothing()
         return {index: total / tokens for index, total in zip(sums, totals, strict=True)}
 
     @staticmethod
@@ -103,6 +105,14 @@ class GreedyPerplexitySelector(LayerSelector):
         self._batches = state["batches"][trainer.global_rank :: trainer.world_size]
 
 
+def _call(lm: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a pass for the logits alone: a mixture of experts finds no routing where layers are left out."""
+    arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
+    if hasattr(lm.config, "output_router_logits"):
+        arguments["output_router_logits"] = False
+    return {**arguments, "use_cache": False}
+
+
 def _skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
@@ -122,11 +132,7 @@ def entering_states(
     handles = [layer.register_forward_pre_hook(remember(index)) for index, layer in enumerate(layers)]
     try:
         with replaced_forwards(layers, dict.fromkeys(dropped, _skip)):
-            lm(
-                **{name: value for name, value in inputs.items() if name != "labels"},
-                use_cache=False,
-                logits_to_keep=1,
-            )
+            lm(**_call(lm, inputs), logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
@@ -135,7 +141,7 @@ def entering_states(
 
 def summed_loss(lm: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, int]:
     """The LM's cross entropy over a batch, summed, in nats, and how many tokens it is over."""
-    logits = lm(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False).logits
+    logits = lm(**_call(lm, inputs)).logits
     labels = inputs["labels" if "labels" in inputs else "input_ids"]
     if "labels" not in inputs and "attention_mask" in inputs:
         labels = labels.masked_fill(inputs["attention_mask"] == 0, IGNORE_INDEX)

@@ -178,10 +178,10 @@ class HardConcreteSelector(Selector):
 
     def watch(self) -> None:
         self._prepare()
-        lm = self.pipeline.lm
+        anatomy = self.pipeline.anatomy
         self._handles += [
-            lm.register_forward_pre_hook(self._before_forward),
-            lm.register_forward_hook(self._after_forward, always_call=True),
+            anatomy.decoder.register_forward_pre_hook(self._before_forward),
+            anatomy.lm.register_forward_hook(self._after_forward, always_call=True),
         ]
         self._attach(self._progress(self.pipeline.step))
 
@@ -211,6 +211,8 @@ class HardConcreteSelector(Selector):
     def choose(self) -> PruningPlan:
         masks = self._masks
         assert masks is not None, "the window has opened"
+        if self._adam is None or not self._adam.state:
+            raise self.seen_nothing()
         return masks.plan(
             self.pipeline.anatomy,
             lr=self.lr,

@@ -155,6 +155,9 @@ class LayerGateSelector(LayerSelector):
     def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         while self.round < self.rounds:  # the window opened late, behind a cut
             self._end_round()
+        trained = [entry["gates"].values() for entry in self._history if entry["steps"]]
+        if trained and all(gate == 1.0 for gates in trained for gate in gates):
+            raise self.seen_nothing()
         return self._dropped, {
             "rounds": self._history,
             "placement": self.placement,

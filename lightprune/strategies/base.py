@@ -39,6 +39,7 @@ class Engine:
 
     def __init__(self, trainer: L.Trainer) -> None:
         self.trainer = trainer
+        self._scale_is_ours = False  # whether parts have stepped under a loss scale that nobody else adjusts
 
     @property
     def strategy(self) -> Any:
@@ -119,8 +120,13 @@ class Engine:
             optimizer.step()
             return
         self.scaler.step(optimizer)
-        if held:
+        self._scale_is_ours = held
+
+    def adjust_scale(self) -> None:
+        """Adjust the loss scale, once all parts have stepped while the weights stand still."""
+        if self._scale_is_ours and self.scaler is not None:
             self.scaler.update()
+        self._scale_is_ours = False
 
     @contextmanager
     def unwrapped(self) -> Iterator[None]:

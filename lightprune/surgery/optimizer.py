@@ -1,6 +1,7 @@
 """Surgery on optimizers: parameters that went leave, everything that belongs to the others stays as it is."""
 
 from collections.abc import Collection
+from itertools import compress
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ ELEMENTWISE = (Adam, AdamW, SGD)
 _ELEMENTWISE_IN_DEEPSPEED = ("DeepSpeedCPUAdam", "FusedAdam")
 
 # What PyTorch's schedulers keep one entry of for every parameter group.
-_PER_GROUP_LISTS = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs")
+_PER_GROUP_LISTS = (
+    "base_lrs",
+    "_last_lr",
+    "lr_lambdas",
+    "min_lrs",
+    "max_lrs",
+    "base_momentums",
+    "max_momentums",
+)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -56,7 +65,10 @@ def remove_parameters(optimizer: Optimizer, schedulers: Collection[Any], removed
     surviving = []
     for index, group in enumerate(optimizer.param_groups):
         had_parameters = bool(group["params"])
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        stays = [id(parameter) not in gone for parameter in group["params"]]
+        for entries in ("params", "param_names"):  # names are there where the optimizer was made with them
+            if entries in group:
+                group[entries] = list(compress(group[entries], stays))
         if group["params"] or not had_parameters:
             surviving.append(index)
     for parameter in removed:

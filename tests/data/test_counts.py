@@ -43,7 +43,7 @@ class Kept(CSVLogger):
         self.rows[step or 0] = self.rows.get(step or 0, {}) | metrics
 
 
-def run(tmp_path: Path, **options: Any) -> tuple[Counter, Kept]:
+def run(tmp_path: Path, counts: DomainCounts | None = None, **options: Any) -> tuple[Counter, Kept]:
     domains = {}
     for name, documents in (("small", 6), ("large", 60)):
         path = tmp_path / f"{name}.txt"
@@ -63,7 +63,7 @@ def run(tmp_path: Path, **options: Any) -> tuple[Counter, Kept]:
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=11,
-        callbacks=[DomainCounts()],
+        callbacks=[counts or DomainCounts()],
         logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -85,6 +85,12 @@ def test_what_is_logged_is_what_the_module_has_seen(tmp_path: Path, accumulate: 
         assert [row["data/tokens/small"], row["data/tokens/large"]] == seen
         assert row["data/epochs/small"] == pytest.approx(seen[0] / (5 * 8))
         assert row["data/epochs/large"] == pytest.approx(seen[1] / (59 * 8))
+
+
+def test_the_same_callback_in_a_second_run(tmp_path: Path) -> None:
+    counts = DomainCounts()
+    logged = [list(run(tmp_path, counts)[1].rows) for _ in range(2)]
+    assert logged == [[4, 8, 11]] * 2
 
 
 def test_a_domain_that_is_repeated_often_is_named_once(tmp_path: Path) -> None:

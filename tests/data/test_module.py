@@ -316,10 +316,11 @@ def test_the_tokenizer_may_come_from_the_module_or_by_name(
     [
         ({"domains": {}}, "data.domains is empty, but must name at least one domain."),
         ({"domains": {"x": Source()}}, "data.domains.x wants exactly one of"),
-        ({"block_size": 1}, "data.block_size is 1, but must be at least 2."),
-        ({"batch_size": 0}, "data.batch_size is 0, but must be at least 1."),
-        ({"num_workers": -1}, "data.num_workers is -1, but must be at least 0."),
-        ({"seed": -1}, "data.seed is -1, but must be at least 0."),
+        ({"block_size": 1}, "data.block_size is 1: it must be at least 2."),
+        ({"batch_size": 0}, "data.batch_size is 0: it must be at least 1."),
+        ({"num_workers": -1}, "data.num_workers is -1: it must be at least 0."),
+        ({"seed": -1}, "data.seed is -1: it must be at least 0 and at most 4294967295."),
+        ({"block_size": 8.5}, "data.block_size is 8.5: it must be a whole number"),
         ({"validation": 0}, "data.validation is 0, but must be a share between 0 and 1, or a number of blocks from 1."),
         ({"validation": 1.0}, "data.validation is 1.0, but must be a share"),
         (
@@ -327,7 +328,7 @@ def test_the_tokenizer_may_come_from_the_module_or_by_name(
             "data.weights names 'x', but data.domains has only: upper, lower.",
         ),
         ({"weights": {"upper": 1, "lower": -1}}, "data.weights.lower is -1"),
-        ({"weights_lag": -1, "num_workers": 0}, "data.weights_lag is -1, but must be at least 0."),
+        ({"weights_lag": -1, "num_workers": 0}, "data.weights_lag is -1: it must be at least 0."),
         ({"num_workers": 9}, "data.num_workers is 9, but must be at most data.weights_lag = 8, since each worker"),
         (
             {"domains": STREAM, "weights": None},
@@ -364,6 +365,33 @@ def test_a_missing_file_is_found_before_anything_is_tokenized(texts: Path, tmp_p
     with pytest.raises(ConfigError, match=r"^data.domains.not.files is .* no such file\.$"):
         data(texts, domains=domains, cache_dir=str(tmp_path / "cache")).prepare_data()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"The cache of tokens '.*file/cache' cannot be made \(.*data.cache_dir"):
+        data(texts, cache_dir=str(tmp_path / "file" / "cache")).prepare_data()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("change", ["text", "block size"])
+def test_a_resume_on_as_many_other_blocks_is_refused(change: str, streaming: bool, tmp_path: Path) -> None:
+    """`max_blocks` makes the count the same."""
+
+    def state_of(text: str, block_size: int) -> tuple[TextDataModule, dict[str, Any]]:
+        (tmp_path / f"{text}.jsonl").write_text("\n".join(json.dumps({"text": f"{text} {i}"}) for i in range(400)))
+        source = Source(files=str(tmp_path / f"{text}.jsonl"), max_blocks=20, streaming=streaming)
+        module = data(tmp_path, domains={"d": source}, weights={"d": 1}, block_size=block_size)
+        module.prepare_data()
+        module.setup("fit")
+        return module, module.state_dict()
+
+    _, state = state_of("one", 8)
+    other, _ = state_of("two", 8) if change == "text" else state_of("one", 16)
+    same, _ = state_of("one", 8)
+    same.load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"written with data.domains = .* resume with the same data"):
+        other.load_state_dict(state)
 
 
 def test_a_worker_that_hangs_is_given_up(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

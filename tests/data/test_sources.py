@@ -59,6 +59,12 @@ def test_json_lines(tmp_path: Path, suffix: str) -> None:
     assert read(Source(files=str(path), text="body")) == ["one", "two\nlines", ""]
 
 
+def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    """JSON can hold what no tokenizer takes."""
+    (tmp_path / "rows.jsonl").write_text(r'{"text": "so \ud800 \ud83d\ude00"}')
+    assert read(Source(files=str(tmp_path / "rows.jsonl"))) == ["so ? 😀"]
+
+
 def test_parquet_and_saved_directories(tmp_path: Path) -> None:
     texts = [f"document {i}" for i in range(600)]
     table = datasets.Dataset.from_dict({"body": texts, "n": list(range(600))})
@@ -138,6 +144,10 @@ def test_python_source_is_the_standard_library_up_to_its_limit() -> None:
         (Source(files=[]), "has none of them"),
         (Source(files="x", revision="v1"), "data.domains.d.revision goes with 'hub' only, but the source is 'files'."),
         (Source(builtin="bible", separator="x"), "data.domains.d.separator goes with 'files' only"),
+        (
+            Source(files="x", split="dev"),
+            "data.domains.d.split goes with 'hub' and 'saved' only, but the source is 'fi",
+        ),
         (Source(files="x", separator=""), "data.domains.d.separator is empty"),
         (Source(builtin="bible", streaming=True), "data.domains.d.streaming goes with 'hub' and 'files' only, but"),
         (Source(saved="x", streaming=True), "the source is 'saved', which is small enough: leave it out."),

@@ -6,7 +6,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -92,6 +93,33 @@ def test_callback_refuses_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dtype 'int4' is unknown"):
         fit(module, ExportHF(str(tmp_path / "new"), dtype="int4"), tmp_path)  # type: ignore[arg-type]
     assert torch.equal(module.net["inner"].lm_head.weight, before)
+
+
+class LateLogger(DummyLogger):
+    """Makes its directory when it first logs, as TensorBoard's does."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.directory)
+
+
+@pytest.mark.parametrize("where", ["run", "run/checkpoints", "logs"])
+@pytest.mark.parametrize("above", [False, True])
+def test_callback_refuses_a_directory_that_the_run_makes(above: bool, where: str, tmp_path: Path) -> None:
+    path = (tmp_path / where).parent if above and where == "run/checkpoints" else tmp_path / where
+    with pytest.raises(ConfigError, match=f"ExportHF.path is '{path}', where .* lies: choose another `path`"):
+        L.Trainer(
+            accelerator="cpu",
+            max_steps=1,
+            default_root_dir=tmp_path / "run",
+            callbacks=[ExportHF(str(path)), ModelCheckpoint(tmp_path / "run" / "checkpoints")],
+            logger=LateLogger(tmp_path / "logs"),
+        ).fit(Stranger(), batches(2))
+    assert not list(tmp_path.rglob("config.json"))
 
 
 class Broken(Stranger):

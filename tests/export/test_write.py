@@ -115,24 +115,42 @@ def test_what_exists_is_not_overwritten_unasked(kind: str, tmp_path: Path) -> No
         export_hf(tiny_lm(num_layers=2), target)
     assert files_in(tmp_path) == before
     if kind != "export":
-        with pytest.raises(ConfigError, match="is no Hugging Face model"):
+        with pytest.raises(ConfigError, match="is no export of lightprune"):
             export_hf(tiny_lm(num_layers=2), target, overwrite=True)
         assert files_in(tmp_path) == before
 
 
 def test_overwrite_replaces_an_earlier_export(tmp_path: Path) -> None:
     export_hf(tiny_lm("gpt2", num_layers=2), tmp_path / "out", plan=None)
-    (tmp_path / "out" / "left over").write_text("")
+    (tmp_path / "out" / "merges.txt").write_text("")
 
     export_hf(tiny_lm(num_layers=2), tmp_path / "out", overwrite=True)
 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
-    assert not (tmp_path / "out" / "left over").exists()
+    assert not (tmp_path / "out" / "merges.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("path", ["", "file/below"])
+@pytest.mark.parametrize("others", ["notes.txt", "checkpoints/last.ckpt"])
+def test_overwrite_takes_nothing_else_away(others: str, tmp_path: Path) -> None:
+    target = export_hf(tiny_lm("gpt2", num_layers=2), tmp_path / "out", plan=None)
+    (target / others).parent.mkdir(exist_ok=True)
+    (target / others).write_text("precious")
+    before = files_in(tmp_path)
+    with pytest.raises(ConfigError, match=f"holds '{Path(others).parts[0]}' beside an earlier export"):
+        export_hf(tiny_lm(num_layers=2), target, overwrite=True)
+    assert files_in(tmp_path) == before
+
+
+def test_overwrite_takes_no_other_model_away(tmp_path: Path) -> None:
+    tiny_lm("gpt2", num_layers=2).save_pretrained(tmp_path / "source")
+    with pytest.raises(ConfigError, match="is no export of lightprune"):
+        export_hf(tiny_lm(num_layers=2), tmp_path / "source", overwrite=True)
+
+
+@pytest.mark.parametrize("path", ["", "/", "~nobody-of-that-name/x", "file/below", "dangling"])
 def test_a_place_where_nothing_can_be(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="The output"):
-        check_target(tmp_path / path if path else path, overwrite=False)
+        check_target(tmp_path / path if path[:1].isalpha() else path, overwrite=False)

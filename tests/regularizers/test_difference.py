@@ -118,6 +118,17 @@ def test_a_layer_that_does_nothing_has_a_finite_gradient() -> None:
     assert hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_padding_whose_embedding_is_zero_divides_by_nothing(norm: Norm, plan_file: Any) -> None:
+    """As that of a configured `pad_token_id` is."""
+    lm = tiny_lm()
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[0] = 0
+    parts = [plan_file(lm, [0]), DifferencePenalty(STRENGTH, norm=norm, relative=True, stop=4)]
+    found = fitted_gradients(Plain(lm), parts, [padded()])
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
 def test_padding_does_not_count(plan_file: Any) -> None:
     """What padding tokens say, and how many there are on the right, changes nothing."""
     short = batches(1, batch=2, length=8)[0]

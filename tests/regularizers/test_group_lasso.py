@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -124,3 +125,13 @@ def test_validation_sees_no_cut(tmp_path: Any) -> None:
     selector = from_file(plan_for("llama_tied", lm, "heads", "channels"), tmp_path)
     fit(Plain(lm), [selector, ProximalGroupLasso(), cut], batches(5), max_steps=5)
     assert cut.metrics["after"]["val/loss"] == pytest.approx(cut.metrics["before"]["val/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "warns"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_steps_that_half_precision_loses_are_said(dtype: torch.dtype, warns: bool, tmp_path: Any) -> None:
+    lm = tiny_lm().to(dtype)
+    parts = [from_file(plan_for("llama_tied", lm), tmp_path), ProximalGroupLasso(stop=200)]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fit(Plain(lm), parts, batches(1), max_steps=1)
+    assert any("are lost in rounding" in str(warning.message) for warning in found) == warns

@@ -185,6 +185,12 @@ def test_validation_losses_act_with_the_step_after_each_validation(folder: Path)
         np.testing.assert_allclose(of(metrics, "loss"), [validated[f"val/loss/{name}"] for name in DOMAINS], rtol=1e-6)
 
 
+def test_a_validation_before_its_start_counts_for_nothing(folder: Path) -> None:
+    weighting = DomainReweighting(losses="validation", reference=NOTHING, start=8)
+    trainer = fit(folder, [weighting], 10, val_check_interval=3, check_val_every_n_epoch=None)
+    assert list(metrics_of(trainer)) == [10]  # after the validation at step 9, not at 8 after that at 6
+
+
 def test_it_acts_only_in_its_window(folder: Path) -> None:
     trainer = fit(folder, [DomainReweighting(reference=NOTHING, every=2, start=3, stop=8)], 12)
     logged = metrics_of(trainer)

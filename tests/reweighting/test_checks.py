@@ -99,7 +99,8 @@ def test_a_domain_without_validation_data(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "run", "said"),
     [
-        ({}, {}, "every is 50, and from its start the run has 12 steps"),
+        ({}, {}, "every is 50, and from its start it has 12 steps"),
+        ({"every": 4, "stop": 4}, {}, "every is 4, and from its start it has 3 steps"),
         ({"losses": "validation"}, {"val_check_interval": 1000, "check_val_every_n_epoch": None}, "is 1000, beyond"),
     ],
 )
@@ -165,5 +166,5 @@ def test_a_checkpoint_of_another_reference(folder: Path, tmp_path: Path) -> None
 def test_a_checkpoint_without_reweighting(folder: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     fit(folder, [], 2, Stranger()).save_checkpoint(tmp_path / "2.ckpt")
-    refused(folder, "goes on from step 2", {}, ckpt_path=tmp_path / "2.ckpt")
+    refused(folder, "begins at step 2 without a checkpoint", {}, ckpt_path=tmp_path / "2.ckpt")
     fit(folder, [DomainReweighting(reference=NOTHING)], 4, Stranger(), ckpt_path=tmp_path / "2.ckpt")

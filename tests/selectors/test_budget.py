@@ -1,6 +1,9 @@
 """Budgets as shapes: within the budget, as large as can be, rounded, in proportion, and what the class can have."""
 
+from itertools import combinations
+
 import pytest
+from transformers import AutoModelForCausalLM
 
 from lightprune.anatomy import Anatomy, Shape, Structure, anatomy_of
 from lightprune.expressible import check_expressible
@@ -77,3 +80,17 @@ def test_no_shape_fits() -> None:
     found = shape_within(anatomy, anatomy.shape, least, {"channels"}, 8)
     assert found is not None
     assert found.channels == 8
+
+
+def test_layers_of_two_sizes_stay_within_the_budget_whichever_go() -> None:
+    config = tiny_lm("qwen3_moe").config
+    config.mlp_only_layers = [0, 1, 2]
+    anatomy = anatomy_of(AutoModelForCausalLM.from_config(config))
+    budget = anatomy.num_parameters * 2 // 3
+    shape = shape_within(anatomy, anatomy.shape, budget, {"layers"}, 1)
+    assert shape is not None
+    counts = [
+        resulting_parameters(anatomy, PruningPlan.keeping(anatomy, layers=kept))
+        for kept in combinations(range(6), shape.layers)
+    ]
+    assert max(counts) == parameters(anatomy, shape) <= budget

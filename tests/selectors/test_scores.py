@@ -14,6 +14,7 @@ from lightprune import (
     BlockInfluenceSelector,
     ConfigError,
     GreedyPerplexitySelector,
+    HardConcreteSelector,
     LayerGateSelector,
     PlanFromFile,
     PruningPlan,
@@ -33,19 +34,21 @@ def padded_batches(count: int) -> list[Batch]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_block_influence_is_a_mean_over_tokens_one_by_one(name: str) -> None:
     lm, data = tiny_lm(name), padded_batches(2)
-    sums = [0.0] * NUM_LAYERS
+    data[1] = {key: values[2:] for key, values in data[1].items()}  # with a few tokens alone
+    sums, count = [0.0] * NUM_LAYERS, 0
     for batch in data:
         with torch.no_grad():
             states = hidden_states(lm, batch)
-        real = [(b, t) for b in range(3) for t in range(12) if batch["attention_mask"][b, t]]
+        real = batch["attention_mask"].nonzero().tolist()
+        count += len(real)
         for index, (hidden_in, hidden_out) in enumerate(states):
             influence = 0.0
             for b, t in real:
                 x, y = hidden_in[b, t].tolist(), hidden_out[b, t].tolist()
                 dot = sum(i * o for i, o in zip(x, y, strict=True))
                 influence += 1 - dot / math.sqrt(sum(i * i for i in x) * sum(o * o for o in y))
-            sums[index] += influence / len(real)
-    expected = [total / len(data) for total in sums]
+            sums[index] += influence
+    expected = [total / count for total in sums]
     selector = BlockInfluenceSelector(drop=2, stop=2)
     module = Plain(lm)
     before = weights(module)
@@ -203,3 +206,38 @@ def test_foresight_needs_no_training(tmp_path: Path) -> None:
 def test_all_layers_cannot_go() -> None:
     with pytest.raises(ConfigError, match="from 1 to 5"):
         fit(Plain(), [RandomSelector(drop=NUM_LAYERS)], batches(1), max_steps=1)
+
+
+def test_greedy_search_of_experts_that_balance_their_load() -> None:
+    """Their routing is asked for in training, and there is none where all layers are left out."""
+    lm = tiny_lm("mixtral")
+    lm.config.output_router_logits = True
+    selector, module = GreedyPerplexitySelector(drop=2, stop=2), Plain(lm)
+    fit(module, [selector], padded_batches(2), max_steps=2)
+    lm.config.output_router_logits = False
+    other = GreedyPerplexitySelector(drop=2, stop=2)
+    fit(module, [other], padded_batches(2), max_steps=2)
+    assert selector.plan is not None
+    assert other.plan is not None
+    assert selector.plan.provenance == other.plan.provenance
+
+
+class Idle(Plain):
+    """Its step never asks the model."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return next(self.lm.parameters()).square().sum()
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        BlockInfluenceSelector(drop=2, stop=2),
+        GreedyPerplexitySelector(drop=2, stop=2),
+        LayerGateSelector(drop=1, steps_per_round=2),
+        HardConcreteSelector(layers=4, stop=2),
+    ],
+)
+def test_nothing_to_decide_by(selector: Selector) -> None:
+    with pytest.raises(ConfigError, match=f"{type(selector).__name__} has seen nothing by step 2"):
+        fit(Idle(), [selector], batches(3), max_steps=3)

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from lightprune import ConfigError, PlanFromFile, PruningPlan, StructuredCut
+from lightprune import ConfigError, PlanFromFile, PruningPlan, RandomSelector, StructuredCut
 from lightprune.anatomy import anatomy_of
 from lightprune.surgery import check_optimizer, cut_model, remove_parameters, replace_parameter
 from tests.families import combinations_of, random_plan, tiny_lm
@@ -76,6 +76,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "restarts": lambda o: CosineAnnealingWarmRestarts(o, 3),
     "one cycle": lambda o: OneCycleLR(o, max_lr=rates(o, 5), total_steps=12),
     "cyclic": lambda o: CyclicLR(o, base_lr=rates(o, 1), max_lr=rates(o, 5), step_size_up=3, cycle_momentum=False),
+    "cyclic with momentum": lambda o: CyclicLR(o, base_lr=rates(o, 1), max_lr=rates(o, 5), step_size_up=3),
     "sequential": lambda o: SequentialLR(o, [LinearLR(o, 0.1, total_iters=3), CosineAnnealingLR(o, 9)], [3]),
     "sequential across the cut": lambda o: SequentialLR(
         o, [LinearLR(o, 0.1, total_iters=6), ExponentialLR(o, 0.9)], [6]
@@ -338,3 +339,20 @@ def test_other_optimizers_are_refused_by_name(name: str) -> None:
     optimizer = getattr(torch.optim, name)([nn.Parameter(torch.ones(2, 2))])
     with pytest.raises(ConfigError, match=rf"state of {name} through a cut in width: .* Adam, AdamW, SGD; .*`opt"):
         check_optimizer(optimizer)
+
+
+@pytest.mark.parametrize(
+    "grouping", [lambda named: named, lambda named: [{"params": named[::2]}, {"params": named[1::2]}]]
+)
+def test_names_go_with_their_parameters(grouping: Callable[[Named], Any]) -> None:
+    module = Plain(optimizer=lambda parameters: torch.optim.AdamW(grouping(list(module.named_parameters()))))
+    selector = RandomSelector(drop=2)
+    trainer = fit(module, [selector, StructuredCut(at=2)], batches(3), max_steps=3)
+    assert selector.plan is not None
+    kept = [index for index in range(6) if index not in selector.plan.dropped_layers]
+    there = {parameter: name for name, parameter in module.named_parameters()}
+    for group in trainer.optimizers[0].param_groups:
+        renamed = [
+            re.sub(r"layers\.(\d+)", lambda m: f"layers.{kept.index(int(m[1]))}", n) for n in group["param_names"]
+        ]
+        assert [there[parameter] for parameter in group["params"]] == renamed
