@@ -1,6 +1,7 @@
 """A module may call the decoder and the head by themselves, for a loss of its own: the parts see the same."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,11 +37,12 @@ PARTS: dict[str, Callable[[], list[Any]]] = {
 
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox_sequential"])
-def test_the_same_without_a_call_of_the_lm(name: str, parts: str) -> None:
+def test_the_same_without_a_call_of_the_lm(name: str, parts: str, tmp_path: Path) -> None:
     ends = []
     for kind in (Plain, OwnLoss):
         module, cut = kind(tiny_lm(name)), lp.StructuredCut(at=4)
-        fit(module, [*PARTS[parts](), cut], [*padded_batches(4), *batches(2)], max_steps=6)
+        data = [*padded_batches(4), *batches(2)]
+        fit(module, [*PARTS[parts](), cut], data, max_steps=6, default_root_dir=tmp_path)
         assert cut.plan is not None
         ends.append((cut.plan, weights(module)))
     (plan, expected), (other, found) = ends

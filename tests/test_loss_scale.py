@@ -1,5 +1,6 @@
 """fp16 with a loss scale: gates and penalties are what they are without one, and overflow skips a step."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,7 +58,7 @@ def test_an_overflow_skips_the_gates_and_lowers_the_scale(hold: bool) -> None:
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_two_parts_that_learn_adjust_the_scale_once(hold: bool) -> None:
+def test_two_parts_that_learn_adjust_the_scale_once(hold: bool, tmp_path: Path) -> None:
     plugin = changing_scale()
     assert plugin.scaler is not None
     scales = Spy(lambda *_: plugin.scaler.get_scale())
@@ -65,7 +66,7 @@ def test_two_parts_that_learn_adjust_the_scale_once(hold: bool) -> None:
         LayerGateSelector(drop=1, steps_per_round=5, hold_weights=hold),
         HardConcreteSelector(channels=32, stop=5, hold_weights=hold),
     ]
-    fit(Plain(), [scales, *parts], batches(4), max_steps=4, plugins=[plugin])
+    fit(Plain(), [scales, *parts], batches(4), max_steps=4, plugins=[plugin], default_root_dir=tmp_path)
     assert scales.seen == [16.0, 64.0, 256.0, 1024.0]
 
 
