@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, d hidden dimensions.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,10 @@ class TokenMask:
 
     def total(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of per-token `values` [B, T] over the tokens that are not padding, and how many these are."""
-        there = self.mask is not None and self.mask.shape == values.shape
-        counted = cast(Tensor, self.mask).to(values.device) != 0 if there else torch.ones_like(values, dtype=torch.bool)
+        if self.mask is None or self.mask.shape != values.shape:
+            counted = torch.ones_like(values, dtype=torch.bool)
+        else:
+            counted = self.mask.to(values.device, torch.bool)
         return torch.where(counted, values, 0).sum(), counted.sum()
 
     def mean(self, values: Tensor) -> Tensor:
