@@ -28,9 +28,8 @@ class BlockInfluenceSelector(LayerSelector):
         self, drop: int, start: int = 0, stop: int = 16, protect_first: int = 0, protect_last: int = 0
     ) -> None:
         super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True)
-        self._sums = torch.empty(
-            2, 0
-        )  # of each layer [L]: what its tokens' influences sum up to, and how many they are
+        # Of each layer: the sum of its tokens' influences, and how many tokens these are. Empty until the window opens.
+        self._sums = torch.empty(2, 0)
         self._passes = 0
         self._tokens = TokenMask()
 
@@ -65,7 +64,8 @@ class BlockInfluenceSelector(LayerSelector):
 
     def scores_state(self) -> dict[str, Any]:
         # The mean over ranks: each of them takes it back, and together they have the sum again.
-        return {"sums": self.pipeline.engine.mean(self._sums), "passes": self._passes}
+        sums = self.pipeline.engine.mean(self._sums) if self._sums.numel() else self._sums
+        return {"sums": sums, "passes": self._passes}
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:
         self._sums, self._passes = state["sums"], state["passes"]
