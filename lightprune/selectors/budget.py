@@ -30,13 +30,13 @@ def shape_within(
         The shape; None if even the smallest one is too large, or the model's class cannot have any of them.
     """
     shapes = _descending(anatomy, source, structures, multiple_of)
-    first = bisect_left(shapes, -parameters, key=lambda shape: -_parameters_of(anatomy, shape))
+    first = bisect_left(shapes, -parameters, key=lambda shape: -parameters_of(anatomy, shape))
     return next((shape for shape in shapes[first:] if _is_expressible(anatomy, shape)), None)
 
 
 def smallest(anatomy: Anatomy, source: Shape, structures: Collection[Structure], multiple_of: int) -> int:
     """The parameters of the smallest shape that `shape_within` considers."""
-    return _parameters_of(anatomy, _descending(anatomy, source, structures, multiple_of)[-1])
+    return parameters_of(anatomy, _descending(anatomy, source, structures, multiple_of)[-1])
 
 
 def _descending(anatomy: Anatomy, source: Shape, structures: Collection[Structure], multiple_of: int) -> list[Shape]:
@@ -107,7 +107,8 @@ def _multiples(source: Shape, structure: Structure, multiple_of: int) -> range:
     return range(multiple, multiple + 1)
 
 
-def _parameters_of(anatomy: Anatomy, shape: Shape) -> int:
+def parameters_of(anatomy: Anatomy, shape: Shape) -> int:
+    """How many parameters a model of this shape has at most, whichever units it keeps."""
     return resulting_parameters(anatomy, PruningPlan.arriving_at(anatomy, shape))
 
 

@@ -17,10 +17,10 @@ from lightprune.plan import PruningPlan
 from lightprune.plots import mask_figure
 from lightprune.scores import rounded
 from lightprune.selectors.base import Selector
-from lightprune.selectors.budget import shape_within, smallest
+from lightprune.selectors.budget import parameters_of, shape_within, smallest
 from lightprune.selectors.counts import Counts, Keep, serving_advice
 from lightprune.selectors.mask_set import MaskSet
-from lightprune.surgery import expected_parameters, resulting_parameters
+from lightprune.surgery import expected_parameters
 from lightprune.unit_values import UnitValues, Values
 
 BETAS = (0.9, 0.95)  # of Sheared LLaMA and DRPruning
@@ -151,11 +151,12 @@ class HardConcreteSelector(Selector):
         super().check()
         if any(cycle.done for cycle in self.pipeline.cycles):
             return  # said when the run began; the model that the target speaks of is gone
-        source = expected_shapes(self.pipeline.cycles, self.pipeline.anatomy)[self.cycle.index]
+        anatomy = self.pipeline.anatomy
+        source = expected_shapes(self.pipeline.cycles, anatomy)[self.cycle.index]
         target = self.target(source)
         for advice in serving_advice(source, target):
             rank_zero_warn(f"HardConcreteSelector: {advice}")
-        self._target_sparsity = 1 - self._parameters_of(target) / self._parameters_of(source)
+        self._target_sparsity = 1 - parameters_of(anatomy, target) / parameters_of(anatomy, source)
 
     def target(self, source: Shape) -> Shape:
         if self.parameters is None:
@@ -345,10 +346,6 @@ class HardConcreteSelector(Selector):
                 }
             )
 
-    def _parameters_of(self, shape: Shape) -> int:
-        anatomy = self.pipeline.anatomy
-        return resulting_parameters(anatomy, PruningPlan.arriving_at(anatomy, shape))
-
     def _within_budget(self, source: Shape) -> Shape:
         assert self.parameters is not None
         anatomy, asked = self.pipeline.anatomy, self.counts
@@ -366,7 +363,7 @@ class HardConcreteSelector(Selector):
                 f"HardConcreteSelector.structures is {structures}: {anatomy.model_type} can shrink in "
                 f"{', '.join(possible)}; choose at least one of these."
             )
-        there = self._parameters_of(source)
+        there = parameters_of(anatomy, source)
         is_ratio = isinstance(self.parameters, float)
         is_number = is_ratio or is_whole(self.parameters)
         if not is_number or not 0 < self.parameters < (1 if is_ratio else there):
