@@ -1,6 +1,7 @@
 """What lightprune asks of the trainer and the module that it is a guest of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import lightning as L
 import torch
@@ -55,6 +56,24 @@ def check_causal_lm(lm: object, wanted_by: str) -> None:
             f"{wanted_by} takes a Hugging Face causal LM, and `lm` is of type {type(lm).__name__}: give it the "
             "PreTrainedModel itself."
         )
+
+
+def shadow_method(owner: Any, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+    """Shadow a method on one instance; `replacement` gets the original first. Returns what takes the shadow away."""
+    original = getattr(owner, name)
+    before = vars(owner).get(name)
+
+    def shadow(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    def restore() -> None:
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    setattr(owner, name, shadow)
+    return restore
 
 
 def is_training_pass(trainer: L.Trainer) -> bool:

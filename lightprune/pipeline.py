@@ -27,7 +27,7 @@ from lightprune import run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
 from lightprune.expressible import check_expressible
-from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics
+from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics, shadow_method
 from lightprune.partitioned import whole_construction
 from lightprune.plan import PruningPlan
 
@@ -337,21 +337,7 @@ class Pipeline:
         self._wrap(self.trainer.strategy, "optimizer_step", self._optimizer_step)
 
     def _wrap(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        """Shadow a method on the instance; `replacement` gets the original first. `close` takes the shadow away."""
-        original = getattr(owner, name)
-        before = vars(owner).get(name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return replacement(original, *args, **kwargs)
-
-        def unwrap() -> None:
-            if before is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-
-        setattr(owner, name, wrapped)
-        self._unwrap.append(unwrap)
+        self._unwrap.append(shadow_method(owner, name, replacement))  # `close` takes the shadow away
 
     def _configure_model(self, original: Callable[[], None]) -> None:
         original()

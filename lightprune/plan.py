@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from lightprune import plan_checks
 from lightprune.anatomy import Anatomy, Shape, Structure, Unit
-from lightprune.anatomy.predicates import even_groups, nearest
 from lightprune.errors import ConfigError
 from lightprune.partitioned import parameter_count
-from lightprune.plan_json import Indices, indices, indices_per_layer, is_count, listed, shortened
+from lightprune.plan_json import Indices, indices, indices_per_layer, is_count, listed
 
 FORMAT_VERSION = 1
 
@@ -206,22 +206,9 @@ class PruningPlan:
             ConfigError: the plan was made for another model, its indices are impossible, or the model's class cannot
                 express the result.
         """
-        self._check_model(anatomy)
+        plan_checks.check_model(self, anatomy)
         self.check_indices()
-        impossible = sorted(set(self.structures) - anatomy.family.structures - {"kv_groups"})
-        if impossible:
-            raise ConfigError(
-                f"{anatomy.model_type} can be pruned in {', '.join(sorted(anatomy.family.structures))}, and the plan "
-                f"removes {', '.join(impossible)}: leave that out of the plan."
-            )
-        problems = anatomy.family.problems(self.shape, anatomy.config)
-        if problems and self.shape != self.source:
-            options = nearest(self.shape, self.source, lambda shape: not anatomy.family.problems(shape, anatomy.config))
-            found = [f"{option.heads} heads with {option.hidden} hidden dimensions" for option in options]
-            instead = " or ".join(found) or "no smaller model of this class"
-            raise ConfigError(
-                f"The plan cannot be exported: {'; '.join(problems)} (nearest: {instead}); change the counts to keep."
-            )
+        plan_checks.check_result(self, anatomy)
 
     def check_indices(self) -> None:
         """Check the plan against the counts that it states itself; its shape and structures can be told then.
@@ -229,78 +216,7 @@ class PruningPlan:
         Raises:
             ConfigError: its indices are impossible for a model of these counts.
         """
-        uneven = even_groups(self.source.heads, self.source.kv_groups)
-        if uneven is not None:
-            raise ConfigError(f"The plan's `source` can be no model's: {uneven}; choose another plan.")
-        self._check_ascending("kept_layers", self.kept_layers, self.source.layers)
-        for name, count in (("kept_heads", self.source.heads), ("kept_channels", self.source.channels)):
-            self._check_per_layer(name, count)
-        if self.kept_hidden is not None:
-            self._check_ascending("kept_hidden", self.kept_hidden, self.source.hidden)
-        self._check_groups()
-
-    def _check_model(self, anatomy: Anatomy) -> None:
-        ours = {"model_type": self.model_type, **asdict(self.source)}
-        theirs = {"model_type": anatomy.model_type, **asdict(anatomy.shape)}
-        for name, value in ours.items():
-            if value != theirs[name]:
-                raise ConfigError(
-                    f"The plan was made for another model: its `{name}` is {value!r}, the model's is {theirs[name]!r}; "
-                    "choose the plan or the model that belongs to the other."
-                )
-
-    def _check_ascending(self, name: str, kept: Indices, count: int) -> None:
-        if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
-            raise ConfigError(
-                f"The plan's `{name}` are {shortened(kept)}: they must be at least one distinct index from 0 to "
-                f"{count - 1}, ascending."
-            )
-
-    def _check_per_layer(self, name: str, count: int) -> None:
-        of_layers: tuple[Indices, ...] | None = getattr(self, name)
-        if of_layers is None:
-            return
-        if len(of_layers) != self.source.layers:
-            raise ConfigError(
-                f"The plan's `{name}` has {len(of_layers)} entries: it must have one for each of the model's "
-                f"{self.source.layers} layers."
-            )
-        for layer, kept in enumerate(of_layers):
-            if not kept:
-                part = "attention" if name == "kept_heads" else "MLP"
-                raise ConfigError(
-                    f"The plan's `{name}[{layer}]` is empty: no stock class has a layer without its {part}, so keep at "
-                    "least one, or drop the whole layer."
-                )
-            self._check_ascending(f"{name}[{layer}]", kept, count)
-        counts = sorted({len(kept) for kept in of_layers})
-        if len(counts) > 1:
-            raise ConfigError(
-                f"The plan's `{name}` have from {counts[0]} to {counts[-1]} entries a layer: every layer of a stock "
-                "model has the same count, so keep as many in each."
-            )
-
-    def _check_groups(self) -> None:
-        """Every layer must keep as many key-value groups, and every group as many query heads."""
-        if self.kept_heads is None:
-            return
-        groups = {len(self.kept("kv_groups", layer)) for layer in range(self.source.layers)}
-        if len(groups) > 1:
-            raise ConfigError(
-                f"The plan's `kept_heads` keep from {min(groups)} to {max(groups)} key-value groups a layer: every "
-                "layer of a stock model has the same count, so keep as many groups in each."
-            )
-        for layer, heads in enumerate(self.kept_heads):
-            of_group = [head // self.source.heads_per_group for head in heads]
-            sizes = {of_group.count(group) for group in of_group}
-            if len(sizes) > 1:
-                uneven = even_groups(len(heads), min(groups)) or (
-                    f"its groups keep from {min(sizes)} to {max(sizes)} query heads"
-                )
-                raise ConfigError(
-                    f"The plan's `kept_heads[{layer}]` are {shortened(heads)}: {uneven}; every key-value head must "
-                    "serve the same number of query heads."
-                )
+        plan_checks.check_indices(self)
 
     def config(self, anatomy: Anatomy) -> PretrainedConfig:
         """The Hugging Face config of the cut model, as a new object.
