@@ -18,11 +18,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback, finish_parts
 from lightprune.host import find_causal_lm, is_training_pass, run_validation
-from lightprune.observe import attention_mask_of
+from lightprune.observe import attention_mask_of, call_inputs
 from lightprune.partitioned import parameter_count
 from lightprune.pipeline import Pipeline
 
@@ -88,7 +89,8 @@ class RunReport(FinishingCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count what is there and, in a fresh run, validate it."""
         model = _language_model(trainer, pl_module)
-        self._hook = model.register_forward_pre_hook(partial(self._count_tokens, trainer), with_kwargs=True)
+        count = partial(self._count_tokens, trainer)
+        self._hook = _decoder(trainer, model).register_forward_pre_hook(count, with_kwargs=True)
         self._before = self._before or _size(trainer, model)
         self._phase = "validation"
         self._mark = time.perf_counter()
@@ -159,11 +161,12 @@ class RunReport(FinishingCallback):
         """A tensor total stays on its device: reading it at every step would stall a GPU."""
         if not is_training_pass(trainer):  # a selector searches on a batch that has been counted
             return
-        input_ids, mask = kwargs.get("input_ids", args[0] if args else None), attention_mask_of(args, kwargs)
+        inputs, mask = call_inputs(args, kwargs), attention_mask_of(args, kwargs)
+        seen = inputs.get("input_ids", inputs.get("inputs_embeds"))  # [B, T] or [B, T, d]
         if mask is not None:
-            self._tokens[self._phase] = self._tokens.get(self._phase, 0) + mask.detach().sum()
-        elif isinstance(input_ids, torch.Tensor):
-            self._tokens[self._phase] = self._tokens.get(self._phase, 0) + input_ids.numel()
+            self._tokens[self._phase] = self._tokens.get(self._phase, 0) + mask.sum()
+        elif seen is not None:
+            self._tokens[self._phase] = self._tokens.get(self._phase, 0) + seen.shape[:2].numel()
 
     def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, tokens: Mapping[str, int]) -> dict[str, Any]:
         pipeline = Pipeline.of(trainer)
@@ -267,6 +270,14 @@ def _language_model(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Modul
         return find_causal_lm(module)[1]
     except ConfigError:
         return module
+
+
+def _decoder(trainer: pl.Trainer, model: nn.Module) -> nn.Module:
+    """What every forward pass of the model goes through: a loss of the module's own may never call the model itself."""
+    pipeline = Pipeline.of(trainer)
+    if pipeline is not None:
+        return pipeline.anatomy.decoder
+    return model.base_model if isinstance(model, PreTrainedModel) else model
 
 
 def _phase(trainer: pl.Trainer) -> str:

@@ -127,6 +127,29 @@ def test_a_mask_may_come_by_position(tmp_path: Path) -> None:
     assert summary(tmp_path)["phases"]["train"]["tokens"] == BATCHES * BATCH * (LENGTH - PADDING)
 
 
+class OwnLoss(Stranger):
+    """Computes its loss without a call of the language model."""
+
+    def __init__(self, *, embeds: bool) -> None:
+        super().__init__()
+        self.embeds = embeds
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        lm = self.backbone
+        states = lm.model(inputs_embeds=lm.get_input_embeddings()(batch)) if self.embeds else lm.model(batch)
+        logits = lm.lm_head(states.last_hidden_state[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+@pytest.mark.parametrize("cuts", [False, True])
+def test_a_loss_may_be_made_without_a_call_of_the_model(cuts: bool, embeds: bool, tmp_path: Path) -> None:
+    parts = [RandomSelector(drop=2), StructuredCut(at=0)] if cuts else []
+    trainer(tmp_path, RunReport(), *parts).fit(OwnLoss(embeds=embeds))
+    phases = summary(tmp_path)["phases"]
+    assert phases["recover" if cuts else "train"]["tokens"] == BATCHES * BATCH * LENGTH
+
+
 def test_module_without_language_model_and_without_validation(tmp_path: Path) -> None:
     module = BoringModel()
     trainer(tmp_path, RunReport(), limit_val_batches=0).fit(module)
