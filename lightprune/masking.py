@@ -54,9 +54,9 @@ class UnitMasks:
 
     def _attach(self, site: Site) -> None:
         layer, stays = site.layer, site.layer not in self._plan.dropped_layers
-        for run in (*HEADS, *CHANNELS):
-            if layer is not None and stays and site.reads((run,)) and self._plan.removed(run.unit, layer):
-                self._handles.append(change_input(site.module, self._scaled(run, layer, self.alpha[layer])))
+        for axis in (HEADS, CHANNELS):
+            if layer is not None and stays and site.reads(axis) and self._plan.removed(axis[0].unit, layer):
+                self._handles.append(change_input(site.module, self._scaled(axis[0], layer, self.alpha[layer])))
         if site.writes_hidden and self._plan.removed("hidden", 0):
             self._handles.append(change_output(site.module, self._scaled(HIDDEN[0], 0, self.alpha_hidden)))
         if site.is_norm and (stays or site.axes[0] == HIDDEN):

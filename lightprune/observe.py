@@ -28,11 +28,13 @@ class TokenMask:
         return decoder.register_forward_pre_hook(hook, with_kwargs=True)
 
     def total(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of per-token `values` [B, T] over the tokens that are not padding, and how many these are."""
-        if self.mask is None or self.mask.shape != values.shape:
-            counted = torch.ones_like(values, dtype=torch.bool)
-        else:
-            counted = self.mask.to(values.device, torch.bool)
+        """The sum of per-token `values` [B, T] over the tokens that are not padding, and how many these are.
+
+        Tokens whose value is not finite (float16 overflows) are left out.
+        """
+        counted = values.isfinite()
+        if self.mask is not None and self.mask.shape == values.shape:
+            counted = counted & self.mask.to(values.device, torch.bool)
         return torch.where(counted, values, 0).sum(), counted.sum()
 
     def mean(self, values: Tensor) -> Tensor:

@@ -304,8 +304,10 @@ class Pipeline:
         _, lm = find_causal_lm(self.module)
         self.anatomy = anatomy_of(lm)
         self._unwrap.append(self.anatomy.decoder.register_forward_pre_hook(self._note_forward).remove)
-        if self.fitting and not (self.cut is not None and self.cut.done):
-            self._check()
+        if self.fitting:
+            run_checks.check_eager(self.module)
+            if self.cut is None or not self.cut.done:
+                self._check()
 
     def close(self) -> None:
         """Leave the module and the strategy as they were found."""
@@ -330,14 +332,15 @@ class Pipeline:
         if self.fitting:
             self.engine.check()
             self.engine.expect_skips(any(part.skips_layers for part in self.parts))
-        self._wrap(self.module, "configure_model", self._configure_model)
-        self._wrap(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
-        self._wrap(self.trainer.strategy, "training_step", self._training_step)
-        self._wrap(self.trainer.strategy, "backward", self._backward)
-        self._wrap(self.trainer.strategy, "optimizer_step", self._optimizer_step)
+        self.shadow(self.module, "configure_model", self._configure_model)
+        self.shadow(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
+        self.shadow(self.trainer.strategy, "training_step", self._training_step)
+        self.shadow(self.trainer.strategy, "backward", self._backward)
+        self.shadow(self.trainer.strategy, "optimizer_step", self._optimizer_step)
 
-    def _wrap(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        self._unwrap.append(shadow_method(owner, name, replacement))  # `close` takes the shadow away
+    def shadow(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        """Shadow a method on the instance until `close`; `replacement` gets the original first."""
+        self._unwrap.append(shadow_method(owner, name, replacement))
 
     def _configure_model(self, original: Callable[[], None]) -> None:
         original()

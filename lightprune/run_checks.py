@@ -8,6 +8,7 @@ from zipfile import is_zipfile
 
 from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
 
 from lightprune.errors import ConfigError
 from lightprune.surgery import check_optimizer
@@ -47,6 +48,21 @@ def check_checkpoint(path: str | Path, io: CheckpointIO | None = None) -> None:
     of_torch = io is None or type(io) is TorchCheckpointIO
     if of_torch and Path(path).is_file() and not is_zipfile(path):
         raise ConfigError(f"{str(path)!r} is no checkpoint, or not a whole one: name another one in `ckpt_path`.")
+
+
+def check_eager(module: nn.Module) -> None:
+    """Refuse what is compiled: gates and penalties that attach later would be no part of what was compiled.
+
+    Raises:
+        ConfigError: the module, or one in it, went through `torch.compile`.
+    """
+    marks = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")  # a wrapper; in place; Lightning's own
+    for name, child in module.named_modules():
+        if any(getattr(child, mark, None) is not None for mark in marks):
+            raise ConfigError(
+                f"{name or type(module).__name__} is compiled, and gates and penalties cannot join what is: leave "
+                "`torch.compile` out of a run that prunes, and compile the model that comes out."
+            )
 
 
 def check_resume(parts: "Sequence[Part]", states: Mapping[str, Any]) -> None:

@@ -24,12 +24,15 @@ def magnitudes(values: Tensor, rows: int) -> Tensor:
 def add_moments(sums: Tensor, values: Tensor, weights: Tensor) -> None:
     """Add a batch to sums over tokens, in place: of 1, of the values and of their squares.
 
+    Tokens with a value that is not finite (float16 overflows) are left out.
+
     Args:
         sums: float64 [3, m]; what is summed by two ranks, or two runs, may be added.
         values: float32 [N, m].
         weights: what each token counts for, float32 [N]: 0 for padding.
     """
-    weights = weights.unsqueeze(1)
+    finite = values.isfinite().all(dim=1, keepdim=True)
+    values, weights = torch.where(finite, values, 0), torch.where(finite, weights.unsqueeze(1), 0)
     tokens = weights.sum()
     mean = (values * weights).sum(0) / tokens.clamp(min=1)
     # Squared around the batch's mean: a large mean would drown in float32 what fluctuates around it.

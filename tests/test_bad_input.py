@@ -554,3 +554,27 @@ def test_a_checkpoint_from_before_the_cut_in_a_module_that_is_cut(tmp_path: Any)
     trainer.fit_loop.epoch_loop.max_steps = 4
     with pytest.raises(ConfigError, match="saved before the cut and this model is already cut"):
         trainer.fit(module, batches(4), ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped", "Lightning's module"])
+def test_what_is_compiled(how: str) -> None:
+    """Hooks that attach after a pass was compiled would be left out of it."""
+    module = NoStep()
+    if how == "in place":
+        module.lm.compile(backend="eager")
+    elif how == "wrapped":
+        module.lm = torch.compile(module.lm, backend="eager")
+    else:
+        module = torch.compile(module, backend="eager")
+    with pytest.raises(ConfigError, match="is compiled, and gates and penalties cannot join"):
+        fit(module, [RandomSelector(drop=2), StructuredCut(at=1)], batches(2), 2)
+
+
+def test_counts_of_all_that_there_is() -> None:
+    config = tiny_lm().config
+    for selector in (
+        ActivationUnitSelector(channels=config.intermediate_size),
+        MagnitudeUnitSelector(heads=config.num_attention_heads, kv_groups=config.num_key_value_heads),
+    ):
+        with pytest.raises(ConfigError, match="keeps all that the model has"):
+            fit(NoStep(), [selector, StructuredCut(at=20)], batches(2), 30)

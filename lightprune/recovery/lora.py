@@ -69,7 +69,7 @@ class LoRARecovery(Part):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self.pipeline._wrap(trainer.strategy, self.pipeline.engine.makes_optimizers, self._make_optimizers)
+        self.pipeline.shadow(trainer.strategy, self.pipeline.engine.makes_optimizers, self._make_optimizers)
 
     def check_settings(self) -> None:
         check_number(self, "r", self.r, whole=True, least=1)

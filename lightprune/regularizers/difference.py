@@ -1,7 +1,8 @@
 """The difference penalty: stage 2 of TRSP and ELDeR (arXiv 2505.18232)."""
 
 from collections import defaultdict
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class DifferencePenalty(Regularizer):
         self._handles.append(self._tokens.watch(self.pipeline.anatomy.decoder))
         self._handles += [on_output(layers[index], self._record(index)) for index in self._layers]
 
-    def _record(self, index: int) -> Any:
+    def _record(self, index: int) -> Callable[[Tensor, Tensor], None]:
         def use(hidden_in: Tensor, hidden_out: Tensor) -> None:
             if index not in self._strengths or not self.pipeline.training:
                 return

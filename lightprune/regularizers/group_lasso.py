@@ -10,18 +10,18 @@ from lightprune.regularizers.units import UnitRegularizer, per_unit
 
 
 def shrinkage(norms: Tensor, threshold: float) -> Tensor:
-    """The share min(1, tau / ||W_g||) [n] that soft thresholding by tau takes away from groups of these norms [n]."""
+    """The share min(1, tau / norm) [n] that soft thresholding by tau takes away from groups of these norms [n]."""
     return (threshold / norms.clamp(min=1e-12)).clamp(max=1)
 
 
 class ProximalGroupLasso(UnitRegularizer):
     """Shrinks, after each optimizer step, the weights of the units that go by their group soft threshold, in place.
 
-    W_g <- W_g * max(0, 1 - tau / ||W_g||), the proximal operator of tau * ||W_g|| (Yuan and Lin 2006; Parikh and Boyd
-    2014, section 6.5.1), for every coupled group W_g of a unit that the plan removes (`lightprune.groups`), ||.|| its
-    root mean square. Where structures cross, in the weights of a channel in a hidden dimension that both go, each
-    structure's step is taken in turn. Unlike a penalty this reaches exactly zero, and the optimizer's moments, gradient
-    clipping and logged loss know nothing of it.
+    W_g <- W_g * max(0, 1 - tau / rms(W_g)), for every coupled group W_g of a unit that the plan removes
+    (`lightprune.groups`): the proximal operator of tau * sqrt(N_g) * ||W_g||_2 for its N_g weights (Yuan and Lin 2006,
+    whose weights sqrt(p_j) these are; Parikh and Boyd 2014, section 6.5.1). Where structures cross, in the weights of a
+    channel in a hidden dimension that both go, each structure's step is taken in turn. Unlike a penalty this reaches
+    exactly zero, and the optimizer's moments, gradient clipping and logged loss know nothing of it.
 
     With all groups at zero the cut changes nothing, except where a norm counts dimensions that go: hidden dimensions,
     and the heads of OLMo 2. For these `GateAnnealing` is the exact one.

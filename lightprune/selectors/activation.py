@@ -1,6 +1,6 @@
 """Activations: units by what they give on calibration batches (Minitron, FLAP)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -15,6 +15,8 @@ from lightprune.partitioned import whole
 from lightprune.scores import Metric, activation_scores, add_moments, magnitudes
 from lightprune.selectors.calibration import CalibratedUnitSelector, accumulator
 from lightprune.selectors.counts import Keep
+
+Use = Callable[[Tensor], None]
 
 _READ: dict[Unit, Axis] = {"heads": HEADS, "channels": CHANNELS, "hidden": HIDDEN}
 
@@ -64,10 +66,12 @@ class ActivationUnitSelector(CalibratedUnitSelector):
         shape, sites = self.pipeline.anatomy.shape, self._sites(unit)
         columns = shape.count(unit) * (self._rows(unit) if self.metric == "fluctuation" else 1)
         place: Literal["input", "output"] = "output" if unit == "hidden" else "input"
-        self._handles += [on(site.module, place, self._record(unit, index)) for index, site in enumerate(sites)]
+        self._handles += [
+            watch_activation(site.module, place, self._record(unit, index)) for index, site in enumerate(sites)
+        ]
         return accumulator(3, len(sites), columns, device=self.pipeline.lm.device)
 
-    def _record(self, unit: Unit, index: int) -> Any:
+    def _record(self, unit: Unit, index: int) -> Use:
         rows = self._rows(unit)
 
         @torch.no_grad()
@@ -120,7 +124,7 @@ def column_norms(site: Site, axis: Axis) -> Tensor:
     return cast(Tensor, torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32))
 
 
-def on(module: nn.Module, place: Literal["input", "output"], use: Any) -> RemovableHandle:
+def watch_activation(module: nn.Module, place: Literal["input", "output"], use: Use) -> RemovableHandle:
     """Call `use` with a module's first input, or with its output, at each of its forward passes."""
     if place == "input":
         return module.register_forward_pre_hook(lambda module, inputs: use(inputs[0]))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightprune.anatomy import Shape, Structure
@@ -26,11 +27,13 @@ class Selector(Part):
 
     Attributes:
         plan: what stays of this selector's structures; None until it is decided.
-        opened: whether the window has been open, in this fit, in one before, or in the run of a checkpoint.
+        open: whether the window is open now.
+        opened: whether it has been, in this fit, in one before, or in the run of a checkpoint.
     """
 
     stage = Stage.SELECT
     needs_batches: ClassVar[bool] = True
+    alters: ClassVar[bool] = False  # whether the model computes something else while the window is open
 
     def __init__(self, start: int, stop: int, hold_weights: bool) -> None:
         self.start = start
@@ -38,7 +41,7 @@ class Selector(Part):
         self.hold_weights = hold_weights
         self.plan: PruningPlan | None = None
         self.opened = False
-        self._open = False
+        self.open = False
         self._handles: list[Handle] = []
 
     @property
@@ -80,12 +83,19 @@ class Selector(Part):
             raise ConfigError(
                 f"{name} opens at step {self.start} and closes at step {self.stop}: set `stop` to a step after `start`."
             )
+        for other in self.cycle.selectors:
+            if not self.alters and other.alters and max(self.start, other.start) < min(self.stop, other.stop):
+                rank_zero_warn(
+                    f"{name} scores steps {self.start} to {self.stop}, and {type(other).__name__} changes what the "
+                    f"model computes from step {other.start} to {other.stop}: set `start` of the one to `stop` of the "
+                    "other, or these are scores of a moving model."
+                )
 
     def advance(self, step: int) -> None:
         if self.plan is not None or step < self.start or self.cycle is not self.pipeline.cycle:
             return
-        if not self._open and self.stop > self.start:
-            self._open = self.opened = True
+        if not self.open and self.stop > self.start:
+            self.open = self.opened = True
             if self.hold_weights:
                 self.pipeline.hold_weights()
             self.watch()
@@ -104,13 +114,13 @@ class Selector(Part):
         )
 
     def detach(self) -> None:
-        self._open = False
+        self.open = False
         remove_all(self._handles)
 
     def _decide(self) -> None:
         plan = self.choose()
         self.detach()
-        if not any(other._open and other.hold_weights for other in self.pipeline.selectors):
+        if not any(other.open and other.hold_weights for other in self.pipeline.selectors):
             self.pipeline.release_weights()
         made_by = {"selector": type(self).__name__, "step": self.pipeline.step}
         decided = replace(plan, provenance={**made_by, **plan.provenance})

@@ -1,6 +1,6 @@
 """Block influence: the score of ShortGPT (arXiv 2403.03853)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class BlockInfluenceSelector(LayerSelector):
         self._handles.append(self._tokens.watch(anatomy.decoder))
         self._handles += [on_output(layer, self._record(index)) for index, layer in enumerate(anatomy.layers)]
 
-    def _record(self, index: int) -> Any:
+    def _record(self, index: int) -> Callable[[Tensor, Tensor], None]:
         def use(hidden_in: Tensor, hidden_out: Tensor) -> None:
             if not self.pipeline.training:
                 return
@@ -60,7 +60,7 @@ class BlockInfluenceSelector(LayerSelector):
         return lowest(scores, self.candidates, self.drop), {"block_influence": scores.tolist()}
 
     def status(self) -> Status:
-        return {"scored": self._passes} if self._open else super().status()
+        return {"scored": self._passes} if self.open else super().status()
 
     def scores_state(self) -> dict[str, Any]:
         # The mean over ranks: each of them takes it back, and together they have the sum again.

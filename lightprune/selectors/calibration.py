@@ -70,7 +70,7 @@ class CalibratedUnitSelector(UnitSelector):
 
     def scores(self) -> Mapping[Unit, Tensor]:
         totals = {unit: self.pipeline.engine.sum(sums) for unit, sums in self._sums.items()}
-        if not all(sums[0].any() for sums in totals.values()):
+        if not all(sums[0].all() for sums in totals.values()):
             raise self.seen_nothing()
         return {unit: self.score(unit, sums) for unit, sums in totals.items()}
 
@@ -80,7 +80,7 @@ class CalibratedUnitSelector(UnitSelector):
         return plan
 
     def status(self) -> Status:
-        return {"scored": self._passes} if self._open else super().status()
+        return {"scored": self._passes} if self.open else super().status()
 
     def weights_of_tokens(self, tokens: int, device: torch.device) -> Tensor:
         """What each of the pass's `tokens`, in the order of the batch, counts for: float32 [N], 0 for padding."""

@@ -34,7 +34,7 @@ class Counts:
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        """The structures whose units must be scored; a key-value group is scored by its heads."""
+        """The structures whose units must be scored; key-value groups follow from their heads."""
         scored: dict[Unit, bool] = {
             "heads": self.heads is not None or self.kv_groups is not None,
             "channels": self.channels is not None,

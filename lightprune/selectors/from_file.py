@@ -21,13 +21,14 @@ class PlanFromFile(Selector):
     def __init__(self, path: str, start: int = 0) -> None:
         super().__init__(start, start, hold_weights=False)
         self.path = path
+        self._read: PruningPlan | None = None
 
     @property
     def structures(self) -> frozenset[Structure]:
-        return frozenset(self._load().structures)
+        return frozenset(self._planned.structures)
 
     def target(self, source: Shape) -> Shape:
-        plan, anatomy = self._load(), self.pipeline.anatomy
+        plan, anatomy = self._planned, self.pipeline.anatomy
         if self.cycle is self.pipeline.cycles[0]:
             plan.validate(anatomy)
         if (plan.model_type, plan.source) != (anatomy.model_type, source):
@@ -37,17 +38,27 @@ class PlanFromFile(Selector):
             )
         return plan.shape
 
+    def check_settings(self) -> None:
+        super().check_settings()
+        self._read = None  # the file may be another one by now
+
     def watch(self) -> None:
         """Needs no batches."""
 
     def choose(self) -> PruningPlan:
-        plan = self._load()
+        plan = self._planned
         return replace(plan, provenance={"file": self.path, "made_by": dict(plan.provenance)})
 
     def foresee(self) -> PruningPlan | None:
-        return self.plan or self._load()
+        return self._planned
 
-    def _load(self) -> PruningPlan:
-        plan = PruningPlan.load(self.path)
-        plan.check_indices()
-        return plan
+    @property
+    def _planned(self) -> PruningPlan:
+        """What was decided; before that, the file as it was when the run began."""
+        if self.plan is not None:
+            return self.plan
+        if self._read is None:
+            plan = PruningPlan.load(self.path)
+            plan.check_indices()
+            self._read = plan
+        return self._read

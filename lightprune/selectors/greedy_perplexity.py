@@ -90,7 +90,7 @@ class GreedyPerplexitySelector(LayerSelector):
             return summed_loss(lm, inputs)
 
     def status(self) -> Status:
-        return {"kept": len(self._batches)} if self._open else super().status()
+        return {"kept": len(self._batches)} if self.open else super().status()
 
     def scores_state(self) -> dict[str, Any]:
         # Each rank's in turn, as they came: each takes back its own.

@@ -68,6 +68,8 @@ class HardConcreteSelector(Selector):
         hold_weights: let the module's weights stand still in the window.
     """
 
+    alters = True
+
     def __init__(
         self,
         stop: int,
@@ -190,20 +192,20 @@ class HardConcreteSelector(Selector):
         super().advance(step)
         if self.cycle is not self.pipeline.cycle:
             return
-        if self._open:
+        if self.open:
             self._note(step)
         elif self.plan is not None and not self.cycle.done and self._units is None:
             self._prepare()
             self._attach(1.0)  # decided, and waiting for the cut
 
     def penalty(self) -> Tensor | None:
-        if not self._open or self._masks is None:
+        if not self.open or self._masks is None:
             return None
         return self._masks.penalty(self._progress(self.pipeline.step))
 
     def learn(self) -> None:
         """One step of Adam, down for the logits and up for the multipliers."""
-        if not self._open or self._masks is None or self._adam is None:
+        if not self.open or self._masks is None or self._adam is None:
             return
         self._collect()
         self.pipeline.engine.learn(self._adam, held=self.pipeline.weights_held)
@@ -244,7 +246,7 @@ class HardConcreteSelector(Selector):
             mask_figure(self._history).savefig(self._drawn_to)
 
     def status(self) -> Status:
-        if self._open:
+        if self.open:
             return {"sparsity": self.sparsity, "target": self.target_sparsity}
         if self.plan is None:
             return {}

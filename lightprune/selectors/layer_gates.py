@@ -38,6 +38,8 @@ class LayerGateSelector(LayerSelector):
         hold_weights: freeze the model's weights in the window (TRSP's setting); False trains them along.
     """
 
+    alters = True
+
     def __init__(
         self,
         drop: int,
@@ -128,13 +130,13 @@ class LayerGateSelector(LayerSelector):
         self._attach()
 
     def penalty(self) -> Tensor | None:
-        if not self._open or not self.l1:
+        if not self.open or not self.l1:
             return None
         return self.l1 * self._gates[self.remaining].abs().sum()
 
     def learn(self) -> None:
         """One step of Adam on the gates."""
-        if not self._open or self._adam is None:
+        if not self.open or self._adam is None:
             return
         self.pipeline.engine.learn(self._adam, held=self.pipeline.weights_held)
         self._round_steps += 1
@@ -145,7 +147,7 @@ class LayerGateSelector(LayerSelector):
             self._end_round()  # the batch may have further steps
 
     def advance(self, step: int) -> None:
-        if self._open and self._round_is_over():
+        if self.open and self._round_is_over():
             self._end_round()
         super().advance(step)
 
@@ -167,7 +169,7 @@ class LayerGateSelector(LayerSelector):
         }
 
     def status(self) -> Status:
-        if not self._open:
+        if not self.open:
             return super().status()
         remaining = self._gates.detach()[self.remaining].abs()
         return {"round": f"{self.round + 1}/{self.rounds}", "gate_min": float(remaining.min())}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightprune.anatomy import Shape, Structure, Unit
 from lightprune.cycle import expected_shapes
+from lightprune.errors import ConfigError
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.scores import highest, highest_heads, of_groups, rounded, spread
@@ -21,11 +22,14 @@ class UnitSelector(Selector):
 
     Each of the four says how many **stay**: a whole number is a count, a number between 0 and 1 a ratio of what is
     there, None keeps them all. Every layer keeps as many, chosen among its own; hidden dimensions are chosen once.
+    A ratio becomes the nearest count that is possible, neither none nor all: heads go by multiples of the key-value
+    groups that stay, channels and hidden dimensions by `multiple_of`.
 
     Args:
         heads: query heads a layer, the same number in every key-value group; None keeps all of each group that stays.
             Where every query head has a key-value head of its own, the one goes with the other.
-        kv_groups: key-value heads a layer, each with its query heads; a group scores what its heads score together.
+        kv_groups: key-value heads a layer, each with its query heads; a group scores what its heads score together,
+            unless the selector scores groups themselves.
         channels: MLP channels a layer.
         hidden: hidden dimensions.
         multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
@@ -66,7 +70,13 @@ class UnitSelector(Selector):
         return frozenset({*units, "kv_groups"} if "heads" in units else units)
 
     def target(self, source: Shape) -> Shape:
-        return self.counts.of(source)
+        target = self.counts.of(source)
+        if target == source:
+            raise ConfigError(
+                f"{type(self).__name__} keeps all that the model has: its counts say what stays, so lower at least one "
+                "of `heads`, `kv_groups`, `channels` and `hidden`."
+            )
+        return target
 
     def check(self) -> None:
         super().check()

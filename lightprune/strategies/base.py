@@ -105,7 +105,7 @@ class Engine:
         """Step an optimizer of a part's own, of parameters that the strategy does not know, and clear their gradients.
 
         They learn from the mean of all ranks' gradients, so every rank must call this. Where no rank has any (every
-        batch was skipped), and where these overflowed under a loss scale, nothing moves.
+        batch was skipped), and where these are not finite, nothing moves.
 
         Args:
             optimizer: of parameters that all ranks hold in the same state.
@@ -117,7 +117,8 @@ class Engine:
 
     def _step(self, optimizer: Optimizer, *, held: bool) -> None:
         if self.scaler is None:
-            optimizer.step()
+            if gradients_are_finite(optimizer):
+                optimizer.step()
             return
         self.scaler.step(optimizer)
         self._scale_is_ours = held
@@ -215,6 +216,12 @@ class Engine:
 def schedulers_of(trainer: L.Trainer, optimizer: Optimizer) -> list[Any]:
     """The schedulers that drive an optimizer."""
     return [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
+
+
+def gradients_are_finite(optimizer: Optimizer) -> bool:
+    """Whether no gradient of an optimizer's parameters has overflowed; waits for the device."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
 def average_gradients(optimizer: Optimizer, mean: Callable[[Tensor], Tensor]) -> bool:

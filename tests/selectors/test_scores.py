@@ -19,6 +19,7 @@ from lightprune import (
     PlanFromFile,
     PruningPlan,
     RandomSelector,
+    StructuredCut,
 )
 from lightprune.anatomy import anatomy_of
 from lightprune.selectors import Selector
@@ -174,6 +175,22 @@ def test_plan_from_file_is_the_plan_that_was_saved(tmp_path: Path) -> None:
     assert second.plan.provenance["made_by"] == first.plan.provenance
     second.plan.save(path)
     assert PruningPlan.load(path) == second.plan
+
+
+def test_a_plan_is_read_once_when_the_run_begins(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    anatomy = anatomy_of(tiny_lm())
+    PruningPlan.dropping(anatomy, [1]).save(path)
+
+    class Meddling(Plain):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            PruningPlan.dropping(anatomy, [2, 3]).save(path)
+            return super().training_step(batch, batch_idx)
+
+    selector = PlanFromFile(str(path), start=2)
+    fit(Meddling(), [selector, StructuredCut(at=3, validate=False)], batches(4), 4)
+    assert selector.plan is not None
+    assert selector.plan.dropped_layers == (1,)
 
 
 def test_foresight_needs_no_training(tmp_path: Path) -> None:

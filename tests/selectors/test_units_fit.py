@@ -1,6 +1,7 @@
 """Selectors of width in whole fits: what is left, together with other selectors, after a resume, and in the plan."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightprune import (
     ActivationUnitSelector,
     BlockInfluenceSelector,
     ConfigError,
+    LayerGateSelector,
     MagnitudeUnitSelector,
     PruningPlan,
     RandomUnitSelector,
@@ -274,3 +276,15 @@ def test_a_second_cut_scores_what_the_first_has_left() -> None:
     assert second.plan.source.channels == 32
     assert isinstance(module.lm.model.layers[0].mlp.down_proj, nn.Linear)
     assert anatomy_of(module.lm).shape.channels == 16
+
+
+@pytest.mark.parametrize("start", [0, 1, 2])
+def test_scores_of_a_moving_model_are_warned_of(start: int) -> None:
+    """Gates of another selector change what is scored, while they learn."""
+    gates = LayerGateSelector(drop=1, steps_per_round=2)
+    parts = [gates, ActivationUnitSelector(channels=32, start=start, stop=4), StructuredCut(at=4, validate=False)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Plain(), parts, batches(4), 4)
+    said = [str(warning.message) for warning in caught if "scores of a moving model" in str(warning.message)]
+    assert len(said) == (start < 2)
