@@ -39,24 +39,25 @@ def penalty() -> list[Callback]:
 
 ROWS = (
     Row("dense", trained=False),
+    Row("dense, finetuned"),
     Row("ShortGPT, untrained", "ShortGPT", trained=False),
     Row("SLEB, untrained", "SLEB", trained=False),
     Row("random, untrained", "random", trained=False),
     Row("gates, untrained (TRSP without stage 2)", "gates", trained=False),
     Row("gates with the paper's l1 = 5e-3, untrained", "gates, l1 = 5e-3", trained=False),
     Row("gates on whole outputs, untrained", "gates on outputs", trained=False),
-    Row("SLEB, then finetuned", "SLEB"),
-    Row("annealing (a quarter), then recovery; SLEB's layers", "SLEB", annealing, cut=0.25),
-    Row("annealing, all before the cut; SLEB's layers", "SLEB", annealing, cut=1.0),
-    Row("penalty, all before the cut; SLEB's layers", "SLEB", penalty, cut=1.0),
     Row("ShortGPT, then finetuned", "ShortGPT"),
+    Row("SLEB, then finetuned", "SLEB"),
     Row("gates, then finetuned", "gates"),
+    Row("random, then finetuned", "random"),
     Row("TRSP, penalty", "gates", penalty, cut=1.0),
     Row("TRSP, annealing", "gates", annealing, cut=1.0),
     Row("ELDeR, penalty (half), then recovery", "gates", penalty, cut=0.5),
     Row("ELDeR, annealing (a quarter), then recovery", "gates", annealing, cut=0.25),
-    Row("dense, finetuned"),
-    Row("random, then finetuned", "random"),
+    Row("ELDeR with the paper's l1, annealing (a quarter), then recovery", "gates, l1 = 5e-3", annealing, cut=0.25),
+    Row("penalty, all before the cut; SLEB's layers", "SLEB", penalty, cut=1.0),
+    Row("annealing, all before the cut; SLEB's layers", "SLEB", annealing, cut=1.0),
+    Row("annealing (a quarter), then recovery; SLEB's layers", "SLEB", annealing, cut=0.25),
 )
 
 

@@ -263,21 +263,33 @@ def table(rows: Sequence[Row], results: Results) -> Iterator[str]:
     """The results as Markdown: medians over seeds, and how far apart the seeds are."""
     yield "| row | held-out | just before / after the cut | other domain | seeds | lr |"
     yield "|---|---|---|---|---|---|"
+    missing = 0
     for row in rows:
         runs = [run for run in results.runs if run["kind"] == "result" and run["row"] == row.name]
         if not runs:
-            yield f"| {row.name} | not run yet | | | 0 | |"
+            missing += 1
             continue
         held = [run["ppl"]["held"] for run in runs]
-        spread = f" ± {(max(held) - min(held)) / 2:.1f}" if len(held) > 1 else ""
+        spread = f" ± {rounded((max(held) - min(held)) / 2)}" if len(held) > 1 else ""
         cuts = [
             statistics.median(run[f"{moment}_cut"]["held"] for run in runs) if f"{moment}_cut" in runs[0] else math.nan
             for moment in ("before", "after")
         ]
-        jump = "" if math.isnan(cuts[0]) else f"{cuts[0]:.1f} / {cuts[1]:.1f}"
+        jump = "" if math.isnan(cuts[0]) else f"{rounded(cuts[0])} / {rounded(cuts[1])}"
         other = statistics.median(run["ppl"]["other"] for run in runs)
         rate = f"{runs[0]['lr']:.0e}" if "lr" in runs[0] else ""
-        yield f"| {row.name} | {statistics.median(held):.1f}{spread} | {jump} | {other:.1f} | {len(runs)} | {rate} |"
+        yield (
+            f"| {row.name} | {rounded(statistics.median(held))}{spread} | {jump} | {rounded(other)} "
+            f"| {len(runs)} | {rate} |"
+        )
+    if missing:
+        yield ""
+        yield f"{missing} of {len(rows)} rows are not run yet."
+
+
+def rounded(value: float) -> str:
+    """A perplexity as the tables write it."""
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def main(name: str, doc: str, selectors: Mapping[str, MakeSelector], rows: Sequence[Row]) -> None:

@@ -568,13 +568,3 @@ def test_what_is_compiled(how: str) -> None:
         module = torch.compile(module, backend="eager")
     with pytest.raises(ConfigError, match="is compiled, and gates and penalties cannot join"):
         fit(module, [RandomSelector(drop=2), StructuredCut(at=1)], batches(2), 2)
-
-
-def test_counts_of_all_that_there_is() -> None:
-    config = tiny_lm().config
-    for selector in (
-        ActivationUnitSelector(channels=config.intermediate_size),
-        MagnitudeUnitSelector(heads=config.num_attention_heads, kv_groups=config.num_key_value_heads),
-    ):
-        with pytest.raises(ConfigError, match="keeps all that the model has"):
-            fit(NoStep(), [selector, StructuredCut(at=20)], batches(2), 30)

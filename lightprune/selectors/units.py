@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightprune.anatomy import Shape, Structure, Unit
 from lightprune.cycle import expected_shapes
-from lightprune.errors import ConfigError
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.scores import highest, highest_heads, of_groups, rounded, spread
@@ -70,20 +69,17 @@ class UnitSelector(Selector):
         return frozenset({*units, "kv_groups"} if "heads" in units else units)
 
     def target(self, source: Shape) -> Shape:
-        target = self.counts.of(source)
-        if target == source:
-            raise ConfigError(
-                f"{type(self).__name__} keeps all that the model has: its counts say what stays, so lower at least one "
-                "of `heads`, `kv_groups`, `channels` and `hidden`."
-            )
-        return target
+        return self.counts.of(source)
 
     def check(self) -> None:
         super().check()
         if any(cycle.done for cycle in self.pipeline.cycles):
             return  # said when the run began; the model that its counts speak of is gone
         source = expected_shapes(self.pipeline.cycles, self.pipeline.anatomy)[self.cycle.index]
-        for advice in serving_advice(source, self.target(source)):
+        target = self.target(source)
+        if target == source:
+            rank_zero_warn(f"{type(self).__name__} keeps all that the model has: its counts say what stays.")
+        for advice in serving_advice(source, target):
             rank_zero_warn(f"{type(self).__name__}: {advice}")
 
     def choose(self) -> PruningPlan:

@@ -288,3 +288,9 @@ def test_scores_of_a_moving_model_are_warned_of(start: int) -> None:
         fit(Plain(), parts, batches(4), 4)
     said = [str(warning.message) for warning in caught if "scores of a moving model" in str(warning.message)]
     assert len(said) == (start < 2)
+
+
+def test_counts_of_all_that_there_is_are_warned_of() -> None:
+    parts = [MagnitudeUnitSelector(heads=4, kv_groups=2), StructuredCut(at=1, validate=False)]
+    with pytest.warns(UserWarning, match="MagnitudeUnitSelector keeps all that the model has"):
+        fit(Plain(), parts, batches(1), 1)
