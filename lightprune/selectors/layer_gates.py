@@ -25,8 +25,8 @@ class LayerGateSelector(LayerSelector):
         steps_per_round: optimizer steps a round.
         start: the optimizer step at which the first round begins.
         lr: Adam's learning rate for the gates.
-        l1: strength of the l1 penalty, lambda_1, against a loss in nats per token. It has to stand out from the noise
-            of the gates' gradients, or chance ranks them: the fewer tokens a round sees, the stronger (paper: 5e-3).
+        l1: strength of the l1 penalty, lambda_1, against a loss in nats per token (paper: 5e-3). Too weak, and the
+            noise of the gates' gradients ranks them; too strong, and all close alike. `benchmarks/depth.py` compares.
         placement: what a gate scales: "residual", the layer's branch X_in + s * (f(X_in) - X_in), so that a closed
             gate is the layer left out; or "output", the whole output s * X_out, as the paper draws it. There the last
             layer's gate is free to shrink, since the final norm undoes it, and must be protected.
