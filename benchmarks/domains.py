@@ -24,7 +24,7 @@ from pathlib import Path
 
 import quiet
 import torch
-from quality import BATCH, BLOCK, RESULTS, SEEDS, Results, fit
+from quality import BATCH, BLOCK, RESULTS, SEEDS, Results, fit, spread
 
 import lightprune as lp
 from lightprune.data import Source, TextDataModule
@@ -130,13 +130,12 @@ def table(results: Results) -> Iterator[str]:
         worst = [max(by_domain.values()) for by_domain in excess]
         mean = [statistics.fmean(by_domain.values()) for by_domain in excess]
         each = " | ".join(f"{statistics.median(by_domain[name] for by_domain in excess):.3f}" for name in domains)
-        yield f"| {row} | {spread(worst)} | {spread(mean)} | {each} | {len(runs)} |"
+        yield f"| {row} | {spread(worst, '{:.3f}'.format)} | {spread(mean, '{:.3f}'.format)} | {each} | {len(runs)} |"
 
 
-def spread(values: list[float]) -> str:
-    """The median, and half the distance between the extremes, if there are several."""
-    around = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    return f"{statistics.median(values):.3f}{around}"
+def nats(value: float) -> str:
+    """A loss as the table writes it."""
+    return f"{value:.3f}"
 
 
 def main() -> None:

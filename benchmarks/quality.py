@@ -77,6 +77,10 @@ class Results:
     def find(self, **key: Any) -> dict[str, Any] | None:
         return next((run for run in self.runs if all(run.get(name) == value for name, value in key.items())), None)
 
+    def ends(self, row: Row) -> list[dict[str, Any]]:
+        """What a row came to, a run for each seed."""
+        return [run for run in self.runs if run["kind"] == "result" and run["row"] == row.name]
+
     def add(self, **run: Any) -> dict[str, Any]:
         self.runs.append(run)
         self.path.parent.mkdir(exist_ok=True)
@@ -265,12 +269,11 @@ def table(rows: Sequence[Row], results: Results) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     missing = 0
     for row in rows:
-        runs = [run for run in results.runs if run["kind"] == "result" and run["row"] == row.name]
+        runs = results.ends(row)
         if not runs:
             missing += 1
             continue
         held = [run["ppl"]["held"] for run in runs]
-        spread = f" ± {rounded((max(held) - min(held)) / 2)}" if len(held) > 1 else ""
         cuts = [
             statistics.median(run[f"{moment}_cut"]["held"] for run in runs) if f"{moment}_cut" in runs[0] else math.nan
             for moment in ("before", "after")
@@ -278,13 +281,16 @@ def table(rows: Sequence[Row], results: Results) -> Iterator[str]:
         jump = "" if math.isnan(cuts[0]) else f"{rounded(cuts[0])} / {rounded(cuts[1])}"
         other = statistics.median(run["ppl"]["other"] for run in runs)
         rate = f"{runs[0]['lr']:.0e}" if "lr" in runs[0] else ""
-        yield (
-            f"| {row.name} | {rounded(statistics.median(held))}{spread} | {jump} | {rounded(other)} "
-            f"| {len(runs)} | {rate} |"
-        )
+        yield (f"| {row.name} | {spread(held, rounded)} | {jump} | {rounded(other)} | {len(runs)} | {rate} |")
     if missing:
         yield ""
         yield f"{missing} of {len(rows)} rows are not run yet."
+
+
+def spread(values: Sequence[float], write: Callable[[float], str]) -> str:
+    """The median, and half the distance between the extremes, if there are several."""
+    around = f" ± {write((max(values) - min(values)) / 2)}" if len(values) > 1 else ""
+    return f"{write(statistics.median(values))}{around}"
 
 
 def rounded(value: float) -> str:

@@ -64,7 +64,7 @@ def kind(row: Row) -> str:
 
 def picture(rows: Sequence[Row], found: Results) -> Figure:
     """Held-out perplexities, a dot for each seed; a ring is what it was just before a cut at the very end."""
-    runs = {row: [run for run in found.runs if run["kind"] == "result" and run["row"] == row.name] for row in rows}
+    runs = {row: found.ends(row) for row in rows}
     shown = [row for row in rows if runs[row] and min(run["ppl"]["held"] for run in runs[row]) <= LARGEST]
     figure = Figure(figsize=(9, 1 + 0.25 * len(shown)), layout="constrained")
     axes = figure.add_subplot(xscale="log", xlabel="held-out perplexity")

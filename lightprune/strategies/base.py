@@ -1,6 +1,6 @@
 """`Engine`: what the pipeline asks of a Lightning strategy. One file, and one subclass, for each that is supported."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -117,7 +117,7 @@ class Engine:
 
     def _step(self, optimizer: Optimizer, *, held: bool) -> None:
         if self.scaler is None:
-            if gradients_are_finite(optimizer):
+            if all_finite(gradients_of(optimizer)):
                 optimizer.step()
             return
         self.scaler.step(optimizer)
@@ -218,10 +218,14 @@ def schedulers_of(trainer: L.Trainer, optimizer: Optimizer) -> list[Any]:
     return [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
 
 
-def gradients_are_finite(optimizer: Optimizer) -> bool:
-    """Whether no gradient of an optimizer's parameters has overflowed; waits for the device."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return all(bool(gradient.isfinite().all()) for gradient in gradients)
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients that an optimizer's parameters have now."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether none of these gradients has overflowed; waits for the device once."""
+    return not gradients or bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
 
 
 def average_gradients(optimizer: Optimizer, mean: Callable[[Tensor], Tensor]) -> bool:

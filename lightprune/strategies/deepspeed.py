@@ -18,7 +18,15 @@ from transformers import PreTrainedModel
 from lightprune.errors import ConfigError
 from lightprune.partitioned import changed, is_partitioned, twin, whole, whole_shape
 from lightprune.strategies import zero
-from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure, gradients_are_finite, schedulers_of
+from lightprune.strategies.base import (
+    Checkpoint,
+    Engine,
+    Replaced,
+    Restructure,
+    all_finite,
+    gradients_of,
+    schedulers_of,
+)
 from lightprune.strategies.exact import ExactDeepSpeedStrategy
 from lightprune.strategies.zero_checkpoint import is_sharded, model_states, safe_loading
 from lightprune.surgery import drop_empty_groups
@@ -142,8 +150,8 @@ class DeepSpeed(Engine):
         if held or self.scaler is None:
             super()._step(optimizer, held=held)
             return
-        if gradients_are_finite(optimizer):
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = gradients_of(optimizer)
+        if all_finite(gradients):
             torch._foreach_div_(gradients, float(self._zero.loss_scale))
             optimizer.step()
 

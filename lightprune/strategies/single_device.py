@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure
+from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure, gradients_of
 from lightprune.strategies.zero_checkpoint import is_sharded, whole_checkpoint
 
 
@@ -28,7 +28,7 @@ class SingleDevice(Engine):
         return nullcontext({})
 
     def learn(self, optimizer: Optimizer, *, held: bool) -> None:
-        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        if gradients_of(optimizer):
             self._step(optimizer, held=held)
         optimizer.zero_grad()
 
