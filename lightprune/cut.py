@@ -67,6 +67,12 @@ class StructuredCut(Part):
                 f"{type(averaging[0]).__name__} keeps a copy of the uncut model and would average different layers "
                 "after the cut: leave it out of trainer.callbacks, or average in a run of its own."
             )
+        for saver in pipeline.trainer.checkpoint_callbacks:
+            if getattr(saver, "save_weights_only", False):
+                raise ConfigError(
+                    f"{type(saver).__name__}.save_weights_only is true, which leaves out the plan that the checkpoint "
+                    "of a cut model is loaded by: set it to false, or take the weights from an `ExportHF`."
+                )
         cycle = self.cycle
         if sum(cut.at == self.at for cut in pipeline.cuts) > 1:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from transformers import (
 
 from lightprune.anatomy import Anatomy
 from lightprune.errors import ConfigError
+from lightprune.partitioned import whole_shape
 from lightprune.plan import PruningPlan
 from lightprune.surgery import resulting_shapes
 
@@ -106,16 +108,46 @@ def check_expressible(anatomy: Anatomy, plan: PruningPlan) -> None:
         stock = form.build()
     except Exception as error:  # whatever a class raises for counts that it cannot have
         raise _refusal(form.model_class, error) from error
-    theirs = {name: parameter.shape for name, parameter in stock.named_parameters()}
-    ours = resulting_shapes(anatomy, plan)
-    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    if differing:
-        first = differing[0]
+    difference = _difference(resulting_shapes(anatomy, plan), stock)
+    if difference is not None:
         raise ConfigError(
-            f"The plan cannot be exported: {len(differing)} parameters of the cut model would not be those of a stock "
-            f"{form.model_class.__name__} (such as {first}: {_size(ours, first)}, not {_size(theirs, first)}); change "
-            "the counts to keep, or choose a model in `model` that adds nothing to its class."
+            f"The plan cannot be exported: {difference}; change the counts to keep, or prune a model that adds nothing "
+            "to its class (adapters can be merged before)."
         )
+
+
+def check_stock(lm: PreTrainedModel) -> None:
+    """Refuse a model that no stock class can hold as it is, such as one with adapters in it.
+
+    Raises:
+        ConfigError: the stock class has other parameters.
+    """
+    config = copy.deepcopy(lm.config)
+    config.tie_word_embeddings = is_tied(lm)
+    form = stock_form(lm, config)
+    try:
+        stock = form.build()
+    except Exception:  # a class that cannot be built without its weights: the export itself will judge
+        return
+    difference = _difference({name: whole_shape(parameter) for name, parameter in lm.named_parameters()}, stock)
+    if difference is not None:
+        raise ConfigError(
+            f"The model cannot be exported: {difference}; leave ExportHF out, or train a model that adds nothing to "
+            "its class (adapters can be merged before; LoRARecovery merges its own)."
+        )
+
+
+def _difference(ours: Mapping[str, torch.Size], stock: PreTrainedModel) -> str | None:
+    """How the parameters of a model differ from those of its stock class, in words; None where they do not."""
+    theirs = {name: parameter.shape for name, parameter in stock.named_parameters()}
+    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if not differing:
+        return None
+    first = differing[0]
+    return (
+        f"{len(differing)} parameters would not be those of a stock {type(stock).__name__} (such as {first}: "
+        f"{_size(ours, first)}, not {_size(theirs, first)})"
+    )
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -171,5 +203,5 @@ def _refusal(kind: type, error: Exception) -> ConfigError:
     )
 
 
-def _size(shapes: dict[str, torch.Size], name: str) -> str:
+def _size(shapes: Mapping[str, torch.Size], name: str) -> str:
     return str(list(shapes[name])) if name in shapes else "none"

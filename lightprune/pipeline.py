@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lightprune import run_checks, strategies
+from lightprune import module_checks, run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
 from lightprune.expressible import check_expressible
@@ -55,7 +55,9 @@ class Part(Callback):
     """
 
     stage: ClassVar[Stage]
+    alters: ClassVar[bool] = False  # whether this changes what the model computes before the cut
     pipeline: "Pipeline"
+    trained_by: L.Trainer | None = None  # the trainer of the last fit that this has begun
 
     @property
     def begins(self) -> int:
@@ -137,6 +139,15 @@ class Part(Callback):
     ) -> None:
         self.pipeline.advance()
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pipeline.evaluate()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pipeline.evaluate()
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pipeline.evaluate()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.pipeline.finish()
 
@@ -170,6 +181,8 @@ class Pipeline:
         self.cycles = cycles_of(self.selectors, self.cuts)
         self.engine = strategies.engine_of(trainer)
         self.anatomy: Anatomy
+        self.resumed = False  # whether the parts' states come from a checkpoint
+        self._evaluated: int | None = None  # the step of the checkpoint that is evaluated outside a fit
         self._held: list[nn.Parameter] = []
         self._unwrap: list[Callable[[], None]] = []
         self._forwarded = False  # whether the LM has run since the last backward: only its losses get a penalty
@@ -202,8 +215,8 @@ class Pipeline:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
-        return self.trainer.global_step
+        """Optimizer steps done; outside a fit, those of the checkpoint that is evaluated."""
+        return self.trainer.global_step if self._evaluated is None else self._evaluated
 
     @property
     def training(self) -> bool:
@@ -260,8 +273,9 @@ class Pipeline:
         return {name: value for part in self.parts for name, value in part.status().items()}
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Write metrics to the trainer's loggers at the current step."""
-        log_metrics(self.trainer, metrics)
+        """Write metrics to the trainer's loggers at the current step of a fit."""
+        if self.fitting:
+            log_metrics(self.trainer, metrics)
 
     # Holding weights still.
 
@@ -293,6 +307,15 @@ class Pipeline:
     def check_run(self) -> None:
         """Refuse what only shows once data and optimizers are there, and still before the first step."""
         run_checks.check_run(self)
+        for part in self.parts:
+            part.trained_by = self.trainer
+
+    def evaluate(self) -> None:
+        """Where a checkpoint is evaluated outside a fit, let the model compute what it did as that was saved."""
+        if self._evaluated is not None:
+            for part in self.parts:
+                if part.alters:
+                    part.advance(self.step)
 
     def finish(self) -> None:
         """Let the parts leave an ordinary model. Whoever comes first at the end of training calls it."""
@@ -305,7 +328,7 @@ class Pipeline:
         self.anatomy = anatomy_of(lm)
         self._unwrap.append(self.anatomy.decoder.register_forward_pre_hook(self._note_forward).remove)
         if self.fitting:
-            run_checks.check_eager(self.module)
+            module_checks.check_eager(self.module)
             if self.cut is None or not self.cut.done:
                 self._check()
 
@@ -323,6 +346,10 @@ class Pipeline:
         shapes = [] if begun else expected_shapes(self.cycles, self.anatomy)
         for part in self.parts:
             part.check()
+        if self.cut is not None:
+            module_checks.check_averages(self.module)
+        doomed = {s for cycle in self.cycles if not cycle.done for part in cycle.selectors for s in part.structures}
+        module_checks.check_sliced(self.module, self.anatomy, doomed)
         for shape in shapes[1:]:
             plan = PruningPlan.arriving_at(self.anatomy, shape)
             plan.validate(self.anatomy)
@@ -351,10 +378,14 @@ class Pipeline:
         self, original: Callable[..., dict[str, Any]], checkpoint_path: str | Path, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         run_checks.check_checkpoint(checkpoint_path, self.trainer.strategy.checkpoint_io)
-        return self.engine.load(original, self._restructure, checkpoint_path, *args, **kwargs)
+        checkpoint = self.engine.load(original, self._restructure, checkpoint_path, *args, **kwargs)
+        if not self.fitting:
+            self._evaluated = checkpoint.get("global_step")
+        return checkpoint
 
     def _restructure(self, states: Mapping[str, Any]) -> None:
         run_checks.check_resume(self.parts, states)
+        self.resumed = any(part.state_key in states for part in self.parts)
         for part in self.parts:
             if part.state_key in states:
                 part.restructure(states[part.state_key])

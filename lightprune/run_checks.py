@@ -8,7 +8,6 @@ from zipfile import is_zipfile
 
 from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import nn
 
 from lightprune.errors import ConfigError
 from lightprune.surgery import check_optimizer
@@ -50,21 +49,6 @@ def check_checkpoint(path: str | Path, io: CheckpointIO | None = None) -> None:
         raise ConfigError(f"{str(path)!r} is no checkpoint, or not a whole one: name another one in `ckpt_path`.")
 
 
-def check_eager(module: nn.Module) -> None:
-    """Refuse what is compiled: gates and penalties that attach later would be no part of what was compiled.
-
-    Raises:
-        ConfigError: the module, or one in it, went through `torch.compile`.
-    """
-    marks = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")  # a wrapper; in place; Lightning's own
-    for name, child in module.named_modules():
-        if any(getattr(child, mark, None) is not None for mark in marks):
-            raise ConfigError(
-                f"{name or type(module).__name__} is compiled, and gates and penalties cannot join what is: leave "
-                "`torch.compile` out of a run that prunes, and compile the model that comes out."
-            )
-
-
 def check_resume(parts: "Sequence[Part]", states: Mapping[str, Any]) -> None:
     """Check that the states in a checkpoint are those of these parts.
 
@@ -83,7 +67,13 @@ def check_resume(parts: "Sequence[Part]", states: Mapping[str, Any]) -> None:
 
 
 def _check_freshness(pipeline: "Pipeline") -> None:
-    """Refuse callbacks that have cut another model already: they would train this one and never cut it."""
+    """Refuse callbacks that hold the state of another run, such as a plan, or a cut that this model never had."""
+    if not pipeline.resumed and any(part.trained_by not in (None, pipeline.trainer) for part in pipeline.parts):
+        names = ", ".join(dict.fromkeys(type(part).__name__ for part in pipeline.parts))
+        raise ConfigError(
+            f"The callbacks {names} have been in the fit of another trainer, and still hold what they saw there: make "
+            "new callbacks in trainer.callbacks for a new run, or resume from a checkpoint of theirs by `ckpt_path`."
+        )
     executed = pipeline.executed
     if executed is not None and pipeline.anatomy.shape == executed.source != executed.shape:
         raise ConfigError(

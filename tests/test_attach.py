@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 from lightprune import (
@@ -17,11 +17,13 @@ from lightprune import (
     DifferencePenalty,
     GateAnnealing,
     GreedyPerplexitySelector,
+    HardConcreteSelector,
     LayerGateSelector,
     Pipeline,
     PlanFromFile,
     PruningPlan,
     RandomSelector,
+    RandomUnitSelector,
     Recovery,
     StructuredCut,
 )
@@ -449,6 +451,43 @@ def test_a_cut_checkpoint_validates_in_an_uncut_module(tmp_path: Any) -> None:
     actual = again.validate(module, batches(1), ckpt_path=tmp_path / "cut.ckpt", verbose=False, weights_only=True)
     assert actual == expected
     assert module.lm.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda: [RandomSelector(drop=2), GateAnnealing()],
+        lambda: [RandomUnitSelector(channels=32, hidden=24), GateAnnealing()],
+        lambda: [LayerGateSelector(drop=2, steps_per_round=3)],
+        lambda: [HardConcreteSelector(channels=32, stop=5)],
+    ],
+    ids=["annealed layers", "annealed units", "gates", "masks"],
+)
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_checkpoint_is_evaluated_as_it_was_saved(parts: Any, stage: str, tmp_path: Any) -> None:
+    """With the gates and masks that the model had when the metric was logged by which the checkpoint was chosen."""
+
+    class Tested(Plain):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.validation_step(batch, batch_idx)
+
+    saver = ModelCheckpoint(tmp_path, "{step}", monitor="val/loss", save_top_k=-1)
+    fit(
+        Plain(optimizer=lambda p: torch.optim.SGD(p, lr=1.0)),
+        [*parts(), StructuredCut(at=7, validate=False), saver],
+        batches(8),
+        8,
+        val_check_interval=4,
+        enable_checkpointing=True,
+        default_root_dir=tmp_path,
+    )
+    for path, logged in saver.best_k_models.items():
+        trainer = trainer_for([*parts(), StructuredCut(at=7)], 8, default_root_dir=tmp_path)
+        module = Tested()
+        (found,) = getattr(trainer, stage)(module, batches(1), ckpt_path=path, verbose=False, weights_only=True)
+        assert found["val/loss"] == pytest.approx(logged.item(), rel=1e-6), path
+        assert not [child for child in module.modules() if child._forward_hooks or child._forward_pre_hooks]
+    assert len(saver.best_k_models) == 2
 
 
 @pytest.mark.parametrize("module", [Plain, Late])

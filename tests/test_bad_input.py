@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from lightprune import (
@@ -540,11 +541,97 @@ def test_fused_optimizer_with_clipping() -> None:
 def test_callbacks_that_have_cut_another_model() -> None:
     """They would train this one and never cut it."""
     parts = [RandomSelector(drop=2), StructuredCut(at=1, validate=False)]
-    fit(Plain(), parts, batches(1), max_steps=1)
+    trainer = fit(Plain(), parts, batches(1), max_steps=1)
     fresh = NoStep()
-    with pytest.raises(ConfigError, match=r"has cut a model already.* still whole.*new callbacks"):
+    with pytest.raises(ConfigError, match=r"in the fit of another trainer.*new callbacks"):
         fit(fresh, parts, batches(2), max_steps=2)
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    with pytest.raises(ConfigError, match=r"has cut a model already.* still whole.*new callbacks"):
+        trainer.fit(fresh, batches(2))
     assert len(anatomy_of(fresh.lm).layers) == 6
+
+
+class Interrupted(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 2:
+            raise RuntimeError("the node went down")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("stop", [1, 4], ids=["a plan", "half of a window"])
+def test_callbacks_of_a_fit_that_broke_off(stop: int) -> None:
+    """They hold what they saw of another model."""
+    parts = [BlockInfluenceSelector(drop=2, stop=stop), GateAnnealing(), StructuredCut(at=6)]
+    with pytest.raises(RuntimeError, match="went down"):
+        fit(Interrupted(), parts, batches(8), max_steps=8)
+    with pytest.raises(
+        ConfigError, match=r"BlockInfluenceSelector, GateAnnealing, StructuredCut have been in .*another trainer"
+    ):
+        fit(NoStep(), parts, batches(8), max_steps=8)
+
+
+def test_the_cut_module_in_another_fit_of_the_same_callbacks() -> None:
+    """Recovery would count from a step that this fit does not have."""
+    module, parts = Plain(), [RandomSelector(drop=2), StructuredCut(at=2, validate=False), Recovery(lr=0.1)]
+    fit(module, parts, batches(3), max_steps=3)
+    with pytest.raises(ConfigError, match="have been in the fit of another trainer"):
+        fit(module, parts, batches(3), max_steps=3)
+
+
+def test_checkpoints_of_weights_alone(tmp_path: Any) -> None:
+    saver = ModelCheckpoint(tmp_path, save_weights_only=True)
+    parts = [RandomSelector(drop=2), StructuredCut(at=1), saver]
+    with pytest.raises(ConfigError, match=r"ModelCheckpoint\.save_weights_only is true, which leaves out the plan"):
+        fit(NoStep(), parts, batches(2), 2, enable_checkpointing=True)
+
+
+class Around(NoStep):
+    """A module with something beside the LM."""
+
+    pruned_model = "lm"
+
+    def __init__(self, beside: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.beside = beside(self.lm)
+
+
+def test_an_average_of_the_weights_in_the_module() -> None:
+    parts = [RandomSelector(drop=2), StructuredCut(at=1)]
+    with pytest.raises(ConfigError, match="beside is an AveragedModel: it keeps a copy of the uncut model"):
+        fit(Around(AveragedModel), parts, batches(2), 2)
+
+
+def reader(lm: Any) -> nn.Module:
+    head = nn.Linear(32, 256, bias=False)
+    head.weight = lm.model.embed_tokens.weight
+    return head
+
+
+def test_a_parameter_of_the_lm_elsewhere_in_the_module() -> None:
+    parts = [MagnitudeUnitSelector(hidden=24), StructuredCut(at=1)]
+    with pytest.raises(ConfigError, match=r"beside\.weight is the LM's model\.embed_tokens\.weight, and the cut puts"):
+        fit(Around(reader), parts, batches(2), 2)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_for_the_gradient_of_what_is_sliced(register: str) -> None:
+    def watched(lm: Any) -> None:
+        getattr(lm.model.layers[1].mlp.up_proj.weight, register)(lambda gradient: None)
+
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight has hooks for its gradient"):
+        fit(Around(watched), [MagnitudeUnitSelector(channels=32), StructuredCut(at=1)], batches(2), 2)
+    fit(Plain(Around(watched).lm), [RandomSelector(drop=1), StructuredCut(at=1)], batches(1), 1)  # stays as it is
+
+
+def test_a_head_that_may_read_hidden_states() -> None:
+    with pytest.warns(UserWarning, match="beside has a dimension of 32, as the LM's hidden states have now"):
+        fit(Beside(lambda lm: nn.Linear(32, 1)), [MagnitudeUnitSelector(hidden=24), StructuredCut(at=1)], batches(1), 1)
+
+
+class Beside(Plain):
+    def __init__(self, beside: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.beside = beside(self.lm)
 
 
 def test_a_checkpoint_from_before_the_cut_in_a_module_that_is_cut(tmp_path: Any) -> None:

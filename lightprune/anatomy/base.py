@@ -197,7 +197,7 @@ class Anatomy:
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's own config: one object, shared by all of its modules."""
+        """The model's config: one object, shared by all of its modules."""
         return self.lm.config
 
     @property

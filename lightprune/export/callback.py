@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightprune.errors import ConfigError
 from lightprune.export.card import Card
-from lightprune.export.write import check_target, export_hf
+from lightprune.export.write import check_generation_config, check_target, export_hf
+from lightprune.expressible import check_stock
 from lightprune.finish import FinishingCallback
 from lightprune.host import find_causal_lm
 from lightprune.hub import Dtype, torch_dtype
@@ -43,6 +44,12 @@ class ExportHF(FinishingCallback):
             _check_apart(check_target(self.path, overwrite=self.overwrite), trainer)
             if self.dtype is not None:
                 torch_dtype(self.dtype)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        lm = find_causal_lm(pl_module)[1]
+        check_generation_config(lm)
+        if Pipeline.of(trainer) is None:  # else the plan was checked
+            check_stock(lm)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what this validation logged: `trainer.callback_metrics` mixes it with what training logs."""

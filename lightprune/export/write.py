@@ -1,5 +1,6 @@
 """The directory: written aside, verified, and only then given its name."""
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.errors import ConfigError
 from lightprune.export.card import Card, is_model_card, model_card
@@ -17,10 +18,15 @@ from lightprune.export.verify import verify_export
 from lightprune.expressible import is_tied
 from lightprune.host import check_causal_lm
 from lightprune.hub import Dtype, torch_dtype, without_progress_bars
+from lightprune.observe import evaluating
 from lightprune.plan import PruningPlan
 
 # What is written into a model's config for saving, and taken back.
-_CONFIG_FIELDS = ("dtype", "architectures", "tie_word_embeddings")
+_CONFIG_FIELDS = ("dtype", "architectures", "tie_word_embeddings", "use_cache")
+
+# What of a `GenerationConfig` acts only where tokens are sampled, and only where beams are searched.
+_FOR_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_FOR_BEAMS = ("early_stopping", "length_penalty")
 
 # The files of an export: the model's, and those of all kinds of tokenizers.
 _FILES = (
@@ -81,6 +87,37 @@ def check_target(path: str | Path, *, overwrite: bool) -> Path:
             "will not replace it: choose another `path`."
         )
     return target
+
+
+def check_generation_config(lm: PreTrainedModel) -> None:
+    """Refuse settings for generation that `transformers` will not save.
+
+    Raises:
+        ConfigError: they contradict one another.
+    """
+    config = getattr(lm, "generation_config", None)
+    if config is None:
+        return
+    try:
+        _saveable(config).validate(strict=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"The model's generation_config cannot be saved ({reason}): correct `lm.generation_config` before training."
+        ) from error
+
+
+def _saveable(config: GenerationConfig) -> GenerationConfig:
+    """A copy without what has no effect and yet keeps `transformers` from saving, as in some models of the hub."""
+    config = copy.deepcopy(config)
+    sampling = () if config.do_sample else _FOR_SAMPLING
+    beams = () if (config.num_beams or 1) > 1 else _FOR_BEAMS
+    for name in (*sampling, *beams):
+        setattr(config, name, None)
+    if config.pad_token_id is not None and config.pad_token_id < 0:
+        config.pad_token_id = None
+    config.use_cache = True
+    return config
 
 
 def export_hf(
@@ -147,27 +184,24 @@ def _replace(target: Path, new: Path, *, keeping: Path) -> None:
 @contextmanager
 def _as_exported(lm: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """Put a model, for a while, into what is written: eval mode, weights in `dtype`, cache on, ties as they are."""
-    modes = [(module, module.training) for module in lm.modules()]
     weights = [(p, p.data) for p in lm.parameters() if p.is_floating_point()]
-    configs = [c for c in (lm.config, getattr(lm, "generation_config", None)) if c is not None]
-    caching = [(config, getattr(config, "use_cache", None)) for config in configs]
-    stated = {name: getattr(lm.config, name) for name in _CONFIG_FIELDS}
+    stated = {name: getattr(lm.config, name) for name in _CONFIG_FIELDS if hasattr(lm.config, name)}
+    generation = getattr(lm, "generation_config", None)
     try:
-        lm.eval()  # type: ignore[no-untyped-call]
         lm.config.tie_word_embeddings = is_tied(lm)
+        if "use_cache" in stated:
+            lm.config.use_cache = True
+        if generation is not None:
+            lm.generation_config = _saveable(generation)
         # The parameters stay the same objects, so that ties hold and an optimizer does not notice.
         for parameter, data in weights:
             parameter.data = data.to(dtype)
-        for config, use_cache in caching:
-            if use_cache is False:
-                config.use_cache = True
-        yield
+        with evaluating(lm):
+            yield
     finally:
         for parameter, data in weights:
             parameter.data = data
-        for config, use_cache in caching:
-            config.use_cache = use_cache
         for name, value in stated.items():
             setattr(lm.config, name, value)
-        for module, training in modes:
-            module.training = training
+        if generation is not None:
+            lm.generation_config = generation

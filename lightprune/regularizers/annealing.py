@@ -33,6 +33,8 @@ class GateAnnealing(Regularizer):
             that stay, each with its own heads and channels. Hidden dimensions always take the whole window.
     """
 
+    alters = True
+
     def __init__(
         self,
         shape: Shape = "linear",

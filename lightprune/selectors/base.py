@@ -33,7 +33,6 @@ class Selector(Part):
 
     stage = Stage.SELECT
     needs_batches: ClassVar[bool] = True
-    alters: ClassVar[bool] = False  # whether the model computes something else while the window is open
 
     def __init__(self, start: int, stop: int, hold_weights: bool) -> None:
         self.start = start

@@ -87,7 +87,7 @@ class CalibratedUnitSelector(UnitSelector):
         mask = self._mask.mask
         if mask is None or mask.numel() != tokens:
             return torch.ones(tokens, device=device)
-        return mask.flatten().to(device, torch.float32)
+        return (mask.flatten() != 0).to(device, torch.float32)
 
     def scores_state(self) -> dict[str, Any]:
         # The mean over ranks: each of them takes it back, and together they have the sum again.

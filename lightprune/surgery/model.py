@@ -1,10 +1,12 @@
 """The cut itself: a model and a plan in, the smaller model out."""
 
+import copy
 from collections.abc import Callable
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy import Anatomy, Shape
@@ -22,7 +24,8 @@ def cut_model(anatomy: Anatomy, plan: PruningPlan, on_replace: OnReplace | None 
     """Execute `plan` on the model, in place.
 
     Parameters that lose nothing are the very same objects afterwards. The others are replaced one by one, so that no
-    more than one of them is held twice. Hooks on the layers and replaced `forward`s must be gone before.
+    more than one of them is held twice. Hooks on the layers and replaced `forward`s must be gone before. The model gets
+    a config of its own: a teacher that was built from the same one keeps it.
 
     Args:
         anatomy: of the model to cut.
@@ -35,7 +38,16 @@ def cut_model(anatomy: Anatomy, plan: PruningPlan, on_replace: OnReplace | None 
     plan.validate(anatomy)
     _cut_width(anatomy, plan, on_replace)
     _cut_depth(anatomy, plan)
+    _own_config(anatomy.lm)
     apply_to_config(anatomy.config, plan, anatomy)
+
+
+def _own_config(lm: PreTrainedModel) -> None:
+    """Replace the config of all of a model's modules by a copy: `transformers` builds models on the one it is given."""
+    given, own = lm.config, copy.deepcopy(lm.config)
+    for module in lm.modules():
+        if getattr(module, "config", None) is given:
+            module.config = own  # type: ignore[assignment]
 
 
 def sliced(tensor: Tensor, rows: Rows) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -120,6 +121,22 @@ def test_callback_refuses_a_directory_that_the_run_makes(above: bool, where: str
             logger=LateLogger(tmp_path / "logs"),
         ).fit(Stranger(), batches(2))
     assert not list(tmp_path.rglob("config.json"))
+
+
+class Untrained(Stranger):
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        raise AssertionError("training began")
+
+
+def test_what_could_not_be_exported_is_refused_before_training(tmp_path: Path) -> None:
+    adapted, contradictory = Untrained(), Untrained()
+    get_peft_model(adapted.net["inner"], LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match=r"parameters would not be those of a stock .*q_proj.*adapters can be merged"):
+        fit(adapted, ExportHF(str(tmp_path / "out")), tmp_path)
+    contradictory.net["inner"].generation_config.num_return_sequences = 2
+    with pytest.raises(ConfigError, match=r"generation_config cannot be saved \(.*num_return_sequences.*\): correct"):
+        fit(contradictory, ExportHF(str(tmp_path / "out")), tmp_path)
+    assert files_in(tmp_path) == {}
 
 
 class Broken(Stranger):

@@ -35,6 +35,19 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert loaded.config.use_cache
 
 
+def test_generation_settings_that_have_no_effect(tmp_path: Path) -> None:
+    """Models of the hub come with a temperature and without sampling, which `transformers` loads and will not save."""
+    lm = tiny_lm(num_layers=4)
+    lm.generation_config.update(do_sample=False, temperature=0.6, top_p=0.9, pad_token_id=-1, max_new_tokens=7)
+    given = lm.generation_config
+
+    loaded = AutoModelForCausalLM.from_pretrained(export_hf(lm, tmp_path / "out")).generation_config
+
+    assert (loaded.temperature, loaded.top_p, loaded.pad_token_id, loaded.max_new_tokens) == (None, None, None, 7)
+    assert lm.generation_config is given
+    assert given.temperature == 0.6
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16])
 def test_dtypes(dtype: Any, trained: torch.dtype, tmp_path: Path) -> None:

@@ -201,6 +201,18 @@ def test_taylor_is_activation_times_gradient(name: str, accumulate: Any) -> None
         torch.testing.assert_close(scores[unit], expected[unit], rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.parametrize("kind", [ActivationUnitSelector, TaylorUnitSelector])
+def test_a_mask_says_whether_and_not_how_much(kind: Any) -> None:
+    """Packed sequences may be told apart by other numbers than 1."""
+    lm, data = tiny_lm(), batches(2)
+    numbered = [{**batch, "attention_mask": batch["attention_mask"] * 5} for batch in data]
+    for batch in data + numbered:
+        batch["attention_mask"][0, :3] = 0
+    expected, found = (fitted(lm, kind(**KEEP), given) for given in (data, numbered))
+    for unit in expected:
+        torch.testing.assert_close(found[unit], expected[unit], rtol=0, atol=0)
+
+
 def test_taylor_is_the_slope_of_the_loss_in_a_gate() -> None:
     """Finite differences in double precision: a channel, a head and a hidden dimension scaled by 1 + h and 1 - h."""
     lm, (batch,) = tiny_lm("llama_tied").double(), batches(1)

@@ -109,7 +109,7 @@ def test_cached_logits_of_the_cut_model(name: str, drop: list[int]) -> None:
 @dropped
 def test_every_index_and_config_field_is_right(name: str, drop: list[int]) -> None:
     lm = tiny_lm(name)
-    uncut, identity = lm.config.to_dict(), lm.config
+    uncut = lm.config.to_dict()
     plan = PruningPlan.dropping(anatomy_of(lm), drop)
     stays = [layer for index, layer in enumerate(layers_of(lm, name)) if index not in drop]
     cut_model(anatomy_of(lm), plan)
@@ -118,8 +118,7 @@ def test_every_index_and_config_field_is_right(name: str, drop: list[int]) -> No
     assert all(now is before for now, before in zip(layers, stays, strict=True))
     assert [getattr(layer, ATTENTION.get(name, "self_attn")).layer_idx for layer in layers] == list(range(len(layers)))
     assert lm.config.to_dict() == by_hand.config_fields(uncut, plan)
-    assert all(module.config is identity for module in lm.modules() if hasattr(module, "config"))
-    assert lm.config is identity
+    assert all(module.config is lm.config for module in lm.modules() if hasattr(module, "config"))
 
 
 @family
@@ -183,6 +182,20 @@ def test_a_plan_that_does_not_fit_leaves_the_model_alone() -> None:
     with pytest.raises(ConfigError, match="`layers` is 4, the model's is 6"):
         cut_model(anatomy_of(lm), plan)
     assert len(layers_of(lm, "llama")) == lm.config.num_hidden_layers == NUM_LAYERS
+
+
+@family
+def test_models_built_from_the_same_config_stay_whole(name: str) -> None:
+    """A teacher, say: `transformers` builds both on the very config that it is given."""
+    teacher = tiny_lm(name)
+    lm = type(teacher)(teacher.config)
+    assert lm.config is teacher.config
+    batch = left_padded()
+    before, logits = teacher.config.to_dict(), logits_of(teacher, batch)
+    anatomy = anatomy_of(lm)
+    cut_model(anatomy, random_plan(anatomy, combinations_of(lm)[-1], random.Random(0)))
+    assert teacher.config.to_dict() == before
+    assert torch.equal(logits_of(teacher, batch), logits)
 
 
 @pytest.mark.parametrize("training", [True, False])
