@@ -12,6 +12,8 @@ from typing import Any
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
+from lightprune.host import shadow_method
+
 
 def save_atomically(strategy: Strategy) -> Callable[[], None]:
     """Let a strategy write each checkpoint beside its place, and move it there when all ranks have written theirs.
@@ -21,24 +23,24 @@ def save_atomically(strategy: Strategy) -> Callable[[], None]:
     Returns:
         What undoes this.
     """
-    original = strategy.save_checkpoint
 
-    def save(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+    def save(
+        original: Callable[..., None], checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
         if "://" in str(filepath) or isinstance(strategy._checkpoint_io, AsyncCheckpointIO):
             original(checkpoint, filepath, storage_options)
             return
         target: Path = strategy.broadcast(Path(filepath))
         draft = target.with_name(f"{target.name}.part")
         if strategy.is_global_zero:
-            remove(draft)
+            _remove(draft)
         strategy.barrier()
         original(checkpoint, draft, storage_options)
         strategy.barrier()
         if strategy.is_global_zero:
             put_in_place(draft, target)
 
-    strategy.save_checkpoint = save  # type: ignore[method-assign]
-    return lambda: vars(strategy).pop("save_checkpoint", None)
+    return shadow_method(strategy, "save_checkpoint", save)
 
 
 def put_in_place(draft: Path, target: Path) -> None:
@@ -51,14 +53,14 @@ def put_in_place(draft: Path, target: Path) -> None:
         draft.replace(target)
         return
     older = target.with_name(f"{target.stem}-older{target.suffix}")
-    remove(older)
+    _remove(older)
     target.rename(older)
     draft.rename(target)
     older.rename(draft)
-    remove(draft)
+    _remove(draft)
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Remove a file or a directory, if it is there."""
     if path.is_dir():
         shutil.rmtree(path)

@@ -75,7 +75,7 @@ class PruningTrainer(pl.Trainer):
         """
         if ckpt_path == "last":
             ckpt_path = _last_of(self)
-        check_target(output, overwrite=overwrite)
+        check_target(output, overwrite=overwrite, key="output")
         with self._pipeline(model, stage="validate") as pipeline:
             # The pipeline gives the model its shape; states and weights are for us to load.
             checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=weights_only)

@@ -68,14 +68,13 @@ class Cycle:
                         "leave one of them in trainer.callbacks, or let the second one start after the first one's "
                         "cut, with a cut of its own."
                     )
-            shape = combined(source, shape, selector.target(source))
+            shape = smaller(shape, selector.target(source))
         return shape
 
 
-def combined(source: Shape, *targets: Shape) -> Shape:
-    """What several plans for one model leave together: of every count, the smallest."""
-    counts = {name: min(getattr(target, name) for target in targets) for name in vars(source)}
-    return Shape(**counts)
+def smaller(left: Shape, right: Shape) -> Shape:
+    """What two plans for one model leave together: of every count, the smaller one."""
+    return Shape(**{name: min(count, getattr(right, name)) for name, count in vars(left).items()})
 
 
 def cycles_of(selectors: "Sequence[Selector]", cuts: "Sequence[StructuredCut]") -> list[Cycle]:

@@ -1,12 +1,14 @@
 """`FinishingCallback`: what is done when training is over, also where a resume finds that it was over already."""
 
+from abc import ABC, abstractmethod
+
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightprune.pipeline import Pipeline
 
 
-class FinishingCallback(Callback):
+class FinishingCallback(Callback, ABC):
     """Calls `finish` exactly once at the end of a fit that succeeds.
 
     A fit that resumes at its last step trains no more, and Lightning then skips the training loop with all its hooks,
@@ -16,9 +18,9 @@ class FinishingCallback(Callback):
 
     _finished = False
 
+    @abstractmethod
     def finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What is to be done; the module is on its device."""
-        raise NotImplementedError
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._finished = False

@@ -3,8 +3,7 @@
 Shapes: B sequences, T tokens, d hidden dimensions, L layers. Hidden states are [B, T, d].
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -101,21 +100,6 @@ class ReplacedForward:
             vars(self._module).pop("forward", None)
         else:
             self._module.forward = forward
-
-
-@contextmanager
-def replaced_forwards(layers: nn.ModuleList, forwards: Mapping[int, Callable[..., Tensor]]) -> Iterator[None]:
-    """Run the layers in `forwards` by other functions inside the context; hooks on them still fire."""
-    handles: list[Handle] = [ReplacedForward(layers[index], _instead(forward)) for index, forward in forwards.items()]
-    try:
-        yield
-    finally:
-        remove_all(handles)
-
-
-def _instead(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`forward`, for a `ReplacedForward` that has no use for the stock one."""
-    return lambda stock_forward, *args, **kwargs: forward(*args, **kwargs)
 
 
 class Bypass(ReplacedForward):

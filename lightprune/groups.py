@@ -66,6 +66,11 @@ def coupled(anatomy: Anatomy, unit: Unit, layer: int | None) -> list[Coupled]:
     return found
 
 
+def per_unit(values: Tensor, units: Tensor) -> Tensor:
+    """One value [n] for each unit, in a shape that broadcasts over `units` [n, ...]."""
+    return values.view(-1, *[1] * (units.ndim - 1))
+
+
 def unit_norms(anatomy: Anatomy, unit: Unit, layer: int | None, norm: Norm) -> Tensor:
     """The size-normalised norm [n] of every unit's coupled group in layer `layer` (None, for "hidden": in the model).
 
@@ -108,7 +113,7 @@ class _Sums(torch.autograd.Function):
         values = whole(ctx.parameter)  # anew, for under ZeRO-3 it is let go in between
         gradient = torch.zeros_like(values)
         weights, found = ctx.group.units(values), ctx.group.units(gradient)
-        factors = slopes[0].view(-1, *[1] * (weights.ndim - 1)).to(weights.dtype)
+        factors = per_unit(slopes[0], weights).to(weights.dtype)
         if ctx.norm == "l2":
             torch.mul(weights, 2 * factors, out=found)
         else:

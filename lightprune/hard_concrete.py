@@ -30,13 +30,8 @@ def sample(logits: Tensor, noise: Tensor) -> Tensor:
     return quantile(noise, logits).clamp(0, 1)
 
 
-def cdf(x: Tensor, logits: Tensor) -> Tensor:
-    """P(stretched variable <= x), for x in (-0.1, 1.1), before it is clipped: P(z <= x) for x in [0, 1)."""
-    return torch.sigmoid(TEMPERATURE * torch.logit((x - LOW) / (HIGH - LOW)) - logits)
-
-
 def quantile(p: Tensor, logits: Tensor) -> Tensor:
-    """The x with `cdf(x, logits) == p`, for p in (0, 1)."""
+    """The x with P(stretched variable <= x) = p, for p in (0, 1)."""
     return torch.sigmoid((torch.logit(p) + logits) / TEMPERATURE) * (HIGH - LOW) + LOW
 
 

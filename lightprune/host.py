@@ -19,6 +19,17 @@ def callbacks_of(trainer: L.Trainer) -> list[Callback]:
     return callbacks
 
 
+def data_of(trainer: L.Trainer) -> Any:
+    """The trainer's data module; None where it was given loaders."""
+    return getattr(trainer, "datamodule", None)
+
+
+def logs_now(trainer: L.Trainer) -> bool:
+    """Whether `trainer.log_every_n_steps` says to log at the current optimizer step."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and trainer.global_step % every == 0
+
+
 def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
     """The one Hugging Face causal LM inside `module`, and its dotted path there.
 

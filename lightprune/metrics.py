@@ -11,8 +11,10 @@ from torchmetrics import Metric
 IGNORE_INDEX = -100
 """The label that no loss counts."""
 
-WITHOUT_FLOAT64 = ("mps",)
-"""Types of devices that have no float64."""
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype to sum in: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +92,6 @@ class DomainLoss(Metric):
 
 
 def _at_full_precision(sums: Tensor, device: torch.device) -> Tensor:
-    if device.type in WITHOUT_FLOAT64:
+    if widest(device) is torch.float32:
         return sums.float().to(device)
     return sums.to(device).double()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.data import TextDataModule
 from lightprune.errors import ConfigError
+from lightprune.host import data_of
 from lightprune.hub import Dtype, load_causal_lm, load_tokenizer
 from lightprune.metrics import DomainLoss, token_losses
 from lightprune.partitioned import whole_construction
@@ -74,7 +75,7 @@ class CausalLM(LightningModule):
         return load_tokenizer(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def setup(self, stage: str) -> None:
-        names: Sequence[str] = getattr(getattr(self.trainer, "datamodule", None), "domain_names", ())
+        names: Sequence[str] = getattr(data_of(self.trainer), "domain_names", ())
         self.val_metric = DomainLoss(names)
         self.test_metric = DomainLoss(names)
 
@@ -94,7 +95,7 @@ class CausalLM(LightningModule):
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
     def on_fit_start(self) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data = data_of(self.trainer)
         if isinstance(data, TextDataModule):
             check_fits(self.lm, data)
 

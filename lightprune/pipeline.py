@@ -2,7 +2,8 @@
 
 Data flows one way: selectors decide a plan, regularizers empty what it removes, the cut executes it, recovery trains
 what is left. Each of these is a `Part`, a callback that only says what it should be after a number of optimizer steps.
-Any part's hook moves all of them, in the order of their stages, so the order of `trainer.callbacks` does not matter.
+The hooks of the first move all of them, in the order of their stages, so the order of `trainer.callbacks` does not
+matter.
 
 Two doors lead into a stranger's training, both wrapped on the strategy's instance and removed again afterwards.
 `backward` is where penalties join the loss: behind gradient accumulation's division, before any loss scale, and the
@@ -10,6 +11,7 @@ same for automatic and manual optimization. `optimizer_step` is where weights ar
 `configure_optimizers`, schedulers and clipping never see a gate: gates have an optimizer of their own.
 """
 
+from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from functools import reduce
@@ -48,7 +50,7 @@ class Stage(IntEnum):
     RECOVER = 3
 
 
-class Part(Callback):
+class Part(Callback, ABC):
     """A pruning callback. Subclasses say what they do; the pipeline says when.
 
     Steps are optimizer steps, `trainer.global_step`: gradient accumulation does not change them.
@@ -104,6 +106,16 @@ class Part(Callback):
         """Whether a step in which weights move may leave whole layers out of the forward pass."""
         return False
 
+    @property
+    def sparsity(self) -> float:
+        """The share of the model's parameters that this part's masks are expected to remove now."""
+        return 0.0
+
+    @property
+    def target_sparsity(self) -> float:
+        """The share that they will remove in the end."""
+        return 0.0
+
     def status(self) -> Status:
         """The numbers that matter in this part's phase, for the progress bar."""
         return {}
@@ -117,13 +129,19 @@ class Part(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         Pipeline.open(trainer, pl_module, stage)
 
+    @property
+    def _is_first(self) -> bool:
+        return self is self.pipeline.parts[0]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pipeline.check_run()
+        if self._is_first:
+            self.pipeline.check_run()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.pipeline.advance()
+        if self._is_first:
+            self.pipeline.advance()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if not self.pipeline.weights_held and self.pipeline.engine.stepping:
@@ -137,23 +155,28 @@ class Part(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.pipeline.advance()
+        if self._is_first:
+            self.pipeline.advance()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pipeline.evaluate()
+        if self._is_first:
+            self.pipeline.evaluate()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pipeline.evaluate()
+        if self._is_first:
+            self.pipeline.evaluate()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pipeline.evaluate()
+        if self._is_first:
+            self.pipeline.evaluate()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pipeline.finish()
+        if self._is_first:
+            self.pipeline.finish()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Where a resume finds training over, this is the first hook that is called.
-        self.pipeline.finish()
+        if self._is_first:  # where a resume finds training over, this is the first hook that is called
+            self.pipeline.finish()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close(trainer)

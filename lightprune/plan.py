@@ -11,9 +11,9 @@ from transformers import PretrainedConfig
 
 from lightprune import plan_checks
 from lightprune.anatomy import Anatomy, Shape, Structure, Unit
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, is_whole
 from lightprune.partitioned import parameter_count
-from lightprune.plan_json import Indices, indices, indices_per_layer, is_count, listed
+from lightprune.plan_json import Indices, indices, indices_per_layer, listed
 
 FORMAT_VERSION = 1
 
@@ -258,7 +258,8 @@ class PruningPlan:
                 raise ConfigError(f"The pruning plan's `{name}` must be {means}; it is {values[name]!r}.")
         counts = {entry.name for entry in fields(Shape)}
         source = values["source"]
-        if not isinstance(source, Mapping) or set(source) != counts or not all(map(is_count, source.values())):
+        stated = isinstance(source, Mapping) and set(source) == counts
+        if not stated or not all(is_whole(count) and count > 0 for count in source.values()):
             raise ConfigError(
                 f"The pruning plan's `source` must state whole numbers above 0 for {sorted(counts)}; it is {source!r}."
             )
@@ -330,8 +331,6 @@ def apply_to_config(config: PretrainedConfig, plan: PruningPlan, anatomy: Anatom
             setattr(config, family.head_dim_field, shape.head_dim)
         if "channels" in family.structures:
             setattr(config, family.channels_field, shape.channels)
-        if getattr(config, "word_embed_proj_dim", None) == plan.source.hidden:
-            config.word_embed_proj_dim = shape.hidden
 
 
 def _ascending(kept: Sequence[int]) -> Indices:

@@ -2,19 +2,9 @@
 
 from typing import Any
 
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, is_whole
 
 Indices = tuple[int, ...]
-
-
-def is_json_integer(value: Any) -> bool:
-    """Whether a JSON value is a whole number; `true` is none."""
-    return type(value) is int
-
-
-def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number above 0."""
-    return is_json_integer(value) and value > 0
 
 
 def indices(name: str, values: Any) -> Indices:
@@ -23,7 +13,7 @@ def indices(name: str, values: Any) -> Indices:
     Raises:
         ConfigError: it is no list of whole numbers.
     """
-    if not isinstance(values, list) or not all(map(is_json_integer, values)):
+    if not isinstance(values, list) or not all(map(is_whole, values)):
         raise ConfigError(f"The pruning plan's `{name}` must be a list of whole numbers; it is {shortened(values)}.")
     return tuple(values)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -25,12 +25,12 @@ from lightprune.finish import FinishingCallback, finish_parts
 from lightprune.host import find_causal_lm, is_training_pass, run_validation
 from lightprune.observe import attention_mask_of, call_inputs
 from lightprune.partitioned import parameter_count
-from lightprune.pipeline import Pipeline
+from lightprune.pipeline import Phase, Pipeline
 
 Metrics = dict[str, float]
 
-# The moments at which a run is validated, in order, and how the table heads their columns.
-PHASES = ("select", "transfer", "recover", "train", "validation")
+# What wall time is booked on, in the order of the table.
+PHASES = (*get_args(Phase), "validation")
 PACKAGES = ("lightprune", "torch", "lightning", "transformers", "datasets")
 
 

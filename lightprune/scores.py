@@ -103,5 +103,5 @@ def rounded(scores: Tensor) -> Any:
 
 def spread(scores: Sequence[float] | Tensor) -> dict[str, float]:
     """The least, the mean and the greatest of some scores, to log."""
-    values = torch.as_tensor(scores, dtype=torch.float64)
+    values = torch.as_tensor(scores).cpu().double()
     return {"min": float(values.min()), "mean": float(values.mean()), "max": float(values.max())}

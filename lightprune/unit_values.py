@@ -76,7 +76,6 @@ class UnitValues:
         self._handles: list[Handle] = []
         self._tied = _tied_head(anatomy)
         self._normed = {(site.axes[0], site.layer or 0) for site in anatomy.sites() if site.is_norm}
-        self.values = values
         self.set(values)
         for site in anatomy.sites():
             self._attach(site)

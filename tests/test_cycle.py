@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightprune as lp
 from lightprune.anatomy import Shape, anatomy_of
-from lightprune.cycle import combined
+from lightprune.cycle import smaller
 from lightprune.masking import masked
 from lightprune.pipeline import Pipeline
 from tests.families import left_padded, tiny_lm
@@ -164,10 +164,12 @@ def test_a_cut_that_takes_nothing_away_is_resumed(tmp_path: Path) -> None:
 
 def test_after_the_cut_another_optimizer_may_go_on() -> None:
     module, callbacks = Plain(), [lp.RandomUnitSelector(channels=20), lp.StructuredCut(at=1)]
-    fit(module, callbacks, batches(1), max_steps=1)
+    trainer = fit(module, callbacks, batches(1), max_steps=1)
     module.make_optimizer = lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3)
-    assert fit(module, callbacks, batches(2), max_steps=2).global_step == 2
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    trainer.fit(module, batches(2), batches(1))
+    assert trainer.global_step == 2
 
 
-def test_combined_takes_the_smaller_of_every_count() -> None:
-    assert combined(WHOLE, Shape(4, 32, 4, 2, 8, 48), Shape(6, 32, 2, 1, 8, 40)) == Shape(4, 32, 2, 1, 8, 40)
+def test_two_plans_leave_the_smaller_of_every_count() -> None:
+    assert smaller(Shape(4, 32, 4, 2, 8, 48), Shape(6, 32, 2, 1, 8, 40)) == Shape(4, 32, 2, 1, 8, 40)

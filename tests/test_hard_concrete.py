@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightprune.hard_concrete import (
     INITIAL,
     LIMIT,
-    cdf,
     deterministic,
     lagrangian,
     probability_open,
@@ -25,6 +25,14 @@ def draws(value: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int(1000 * value) % 2**31)
     noise = torch.rand(DRAWS, generator=generator).clamp(1e-6, 1 - 1e-6)
     return sample(torch.full((DRAWS,), value), noise)
+
+
+def cdf(x: Tensor, logits: Tensor) -> Tensor:
+    """P(stretched variable <= x), for x in (-0.1, 1.1), before it is clipped: P(z <= x) for x in [0, 1).
+
+    Louizos et al., equations 24 and 25, by their constants.
+    """
+    return torch.sigmoid(2 / 3 * torch.logit((x + 0.1) / 1.2) - logits)
 
 
 @logit

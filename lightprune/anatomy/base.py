@@ -66,7 +66,7 @@ class Family:
         per_layer_fields: config fields that hold one entry a layer, where they are set at all.
         layer_index: attributes that hold a layer's index (the KV cache's slot).
         renumber: called as `renumber(layer, old, new)` when a layer moves, for what else depends on the index.
-        configure: called as `configure(config, plan)` for what else a config says about layers.
+        configure: called as `configure(config, plan)` for what else a config says that a plan changes.
         variant: chooses among declarations that share a `model_type`, by the config.
     """
 
@@ -229,6 +229,14 @@ class Anatomy:
     def num_parameters(self) -> int:
         """How many parameters the model has now; tied ones count once."""
         return parameter_count(self.lm)
+
+    def layer_of(self, name: str) -> tuple[int, str] | None:
+        """The layer in which a parameter of the causal LM lies, and its name there; None outside the layers."""
+        prefix = f"{self.family.layers}."
+        if not name.startswith(prefix):
+            return None
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        return int(index), rest
 
     def sites(self) -> Iterator["Site"]:
         """Every module that has something to prune, layers in order, then the stem."""

@@ -1,6 +1,7 @@
 """OPT: learned positions, an MLP directly on the layer; OPT-350m embeds in fewer dimensions and projects."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
@@ -8,11 +9,20 @@ from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS
 from lightprune.anatomy.base import LINEAR, Family
 from lightprune.anatomy.predicates import heads_fill_hidden, projections_stay
 
+if TYPE_CHECKING:
+    from lightprune.plan import PruningPlan
+
 _NORM_AND_POSITIONS = {"model.decoder.final_layer_norm": (HIDDEN,), "model.decoder.embed_positions": (None, HIDDEN)}
 
 
 def _variant(config: PretrainedConfig) -> Family:
     return OPT if config.word_embed_proj_dim == config.hidden_size else _PROJECTED
+
+
+def _embedding_width(config: PretrainedConfig, plan: "PruningPlan") -> None:
+    """Embed in the hidden dimensions that stay, where the embedding is not projected onto them."""
+    if config.word_embed_proj_dim == plan.source.hidden:
+        config.word_embed_proj_dim = plan.shape.hidden
 
 
 OPT = Family(
@@ -34,6 +44,7 @@ OPT = Family(
     head_dim_field=None,
     predicates=(heads_fill_hidden,),
     variant=_variant,
+    configure=_embedding_width,
 )
 _PROJECTED = replace(
     OPT,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from lightprune.data.readers import key_of
 from lightprune.data.tokens import TokenCache
 from lightprune.errors import ConfigError
 from lightprune.metrics import IGNORE_INDEX
@@ -136,13 +137,13 @@ def split_blocks(cache: TokenCache, *, block_size: int, validation: int | float,
     blocks = tokens // block_size
     if blocks < 2:
         raise ConfigError(
-            f"data.domains.{domain} has {tokens} tokens, fewer than two blocks of {block_size} (one to train on, one "
+            f"{key_of(domain)} has {tokens} tokens, fewer than two blocks of {block_size} (one to train on, one "
             "to validate on): give it more text, or lower data.block_size."
         )
     wanted = validation if isinstance(validation, int) else max(1, round(validation * blocks))
     if wanted >= blocks:
         raise ConfigError(
-            f"data.validation is {validation}, which holds out all {blocks} blocks of data.domains.{domain}: lower it."
+            f"data.validation is {validation}, which holds out all {blocks} blocks of {key_of(domain)}: lower it."
         )
     start, by_document = split_point(ends, block_size=block_size, validation_blocks=wanted)
     path = cache.directory / "tokens.npy"

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightprune.data.module import TextDataModule
-from lightprune.host import log_metrics
+from lightprune.host import data_of, log_metrics, logs_now
 
 MANY_EPOCHS = 4
 """So often data may be repeated at almost no loss against new data (Muennighoff et al., 2305.16264)."""
@@ -31,15 +31,14 @@ class DomainCounts(Callback):
         self._logged_at, self._warned = 0, set()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step % every == 0:
+        if logs_now(trainer):
             self._log(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log(trainer)
 
     def _log(self, trainer: L.Trainer) -> None:
-        data = getattr(trainer, "datamodule", None)
+        data = data_of(trainer)
         if not isinstance(data, TextDataModule) or trainer.global_step == self._logged_at:
             return
         self._logged_at = trainer.global_step

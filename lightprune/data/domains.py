@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightprune.data.blocks import Blocks, StreamedBlocks, fingerprint, split_blocks
 from lightprune.data.order import FixedSupply, Supply
+from lightprune.data.readers import key_of
 from lightprune.data.sources import Source
 from lightprune.data.stream import WINDOW, BlockStream, TokenStream
 from lightprune.data.tokens import TokenCache, cache_entry, tokenize_once, tokenizer_identity
@@ -104,7 +105,7 @@ def _open_stream(tokens: TokenStream, *, name: str, block_size: int, wanted: int
     there = min(tokens.ensure(2 * wanted + block_size), 2 * wanted + block_size)
     if there < wanted + block_size:
         raise ConfigError(
-            f"data.domains.{name} has {there} tokens, fewer than the {wanted // block_size} blocks of {block_size} "
+            f"{key_of(name)} has {there} tokens, fewer than the {wanted // block_size} blocks of {block_size} "
             "that data.validation asks for and one to train on: give it more text, or lower data.validation or "
             "data.block_size."
         )

@@ -1,6 +1,5 @@
 """A weighted mixture of domains: endless, sharded over ranks, resumed exactly, its weights free to change."""
 
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import numpy as np
 from torch.utils.data import DistributedSampler
 
 from lightprune.data.order import BlockOrder, FixedSupply, Supply
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, is_finite
 
 _KEYS = {
     "domains": "data.domains",
@@ -29,8 +28,8 @@ def check_weights(weights: Mapping[str, float], domains: Sequence[str]) -> None:
     for name, weight in weights.items():
         if name not in domains:
             raise ConfigError(f"data.weights names {name!r}, but data.domains has only: {', '.join(domains)}.")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"data.weights.{name} is {weight}, but must be 0 or a positive number.")
+        if not is_finite(weight) or weight < 0:
+            raise ConfigError(f"data.weights.{name} is {weight!r}, but must be 0 or a positive number.")
     for name in domains:
         if name not in weights:
             raise ConfigError(f"data.weights names no weight for {name!r}; write 0 to leave a domain out of training.")

@@ -13,9 +13,10 @@ from lightprune.data.blocks import BlockDataset, OrderedSampler
 from lightprune.data.domains import Domain, open_domain, tokenize_domains
 from lightprune.data.loader import MixtureLoader
 from lightprune.data.mixture import MixtureSampler, check_weights
+from lightprune.data.readers import key_of
 from lightprune.data.sources import Source
 from lightprune.data.tokens import cache_root
-from lightprune.errors import ConfigError, check_number
+from lightprune.errors import ConfigError, check_number, is_finite, is_whole
 from lightprune.hub import load_tokenizer
 from lightprune.preemption import outlive_preemption
 
@@ -100,19 +101,19 @@ class TextDataModule(LightningDataModule):
                 f"data.num_workers is {num_workers}, but must be at most data.weights_lag = {weights_lag}, since each "
                 "worker prepares a batch in advance: lower it, or let new weights act later."
             )
-        if not (validation >= 1 if isinstance(validation, int) else 0 < validation < 1):
+        if not (validation >= 1 if is_whole(validation) else is_finite(validation) and 0 < validation < 1):
             raise ConfigError(
-                f"data.validation is {validation}, but must be a share between 0 and 1, or a number of blocks from 1."
+                f"data.validation is {validation!r}, but must be a share between 0 and 1, or a number of blocks from 1."
             )
         streaming = [name for name, source in domains.items() if source.streaming]
         if streaming and not isinstance(validation, int):
             raise ConfigError(
-                f"data.validation is {validation}, a share, but data.domains.{streaming[0]} is a stream, whose size is "
+                f"data.validation is {validation}, a share, but {key_of(streaming[0])} is a stream, whose size is "
                 "not known: give a number of blocks."
             )
         if streaming and weights is None:
             raise ConfigError(
-                f"data.weights is null, which weighs domains by their size, but data.domains.{streaming[0]} is a "
+                f"data.weights is null, which weighs domains by their size, but {key_of(streaming[0])} is a "
                 "stream, whose size is not known: give each domain a weight."
             )
         if weights is not None:

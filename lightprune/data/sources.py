@@ -10,7 +10,7 @@ import datasets
 
 from lightprune.data.builtin import BUILTIN
 from lightprune.data.readers import as_texts, column, first_line, key_of, read_files
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.hub import PACKAGE_SCHEME, package_path
 
 _KINDS = ("hub", "saved", "files", "builtin")
@@ -75,12 +75,11 @@ class Source:
                 f"{key_of(domain)}.streaming goes with {' and '.join(map(repr, _STREAMED))} only, but the source is "
                 f"{given[0]!r}, which is small enough: leave it out."
             )
-        if self.builtin is not None and self.builtin not in BUILTIN:
-            raise ConfigError(f"{key_of(domain)}.builtin is {self.builtin!r}, but must be one of {', '.join(BUILTIN)}.")
+        if self.builtin is not None:
+            check_choice(key_of(domain), "builtin", self.builtin, tuple(BUILTIN))
         if self.separator == "":
             raise ConfigError(f"{key_of(domain)}.separator is empty, but must be a text such as '\\n\\n', or null.")
-        if self.max_blocks is not None and self.max_blocks < 1:
-            raise ConfigError(f"{key_of(domain)}.max_blocks is {self.max_blocks}, but must be at least 1, or null.")
+        check_number(key_of(domain), "max_blocks", self.max_blocks, whole=True, least=1, optional=True)
 
     def identity(self, domain: str) -> dict[str, Any]:
         """What the token cache knows the text by: the options, and path, size and time of every local file.

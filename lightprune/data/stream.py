@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lightprune.data.blocks import StreamedBlocks
 from lightprune.data.documents import DocumentStream
 from lightprune.data.sources import Source
-from lightprune.data.tokens import encode_documents, token_dtype
-from lightprune.errors import ConfigError
+from lightprune.data.tokens import BATCH, encode_documents, no_text, token_dtype
 
 WINDOW = 1024
 """How many neighboring blocks of a stream are shuffled together. As many are tokenized ahead of training, or twice."""
@@ -127,18 +126,16 @@ class TokenStream:
         with self.path.open("ab") as file:
             file.truncate(progress.tokens * self.dtype.itemsize)
             while progress.tokens < goal and not progress.ended:
-                texts = list(islice(documents, 64))
+                texts = list(islice(documents, BATCH))
                 for tokens in encode_documents(self._tokenizer, texts):
                     file.write(tokens.tobytes())
                     progress = replace(progress, tokens=progress.tokens + len(tokens))
-                progress = replace(progress, documents=documents.read, place=documents.place, ended=len(texts) < 64)
+                progress = replace(progress, documents=documents.read, place=documents.place, ended=len(texts) < BATCH)
                 if progress.tokens >= committed + _COMMIT:
                     self._commit(file, progress)
                     committed = progress.tokens
             if progress.ended and not progress.tokens:
-                raise ConfigError(
-                    f"data.domains.{self._domain} is empty: none of its {progress.documents} documents holds any text."
-                )
+                raise no_text(self._domain, progress.documents)
             self._commit(file, progress)
 
     def _documents_behind(self, progress: Progress) -> DocumentStream:

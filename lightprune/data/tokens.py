@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lightprune.data.readers import key_of
 from lightprune.data.sources import Source
 from lightprune.errors import ConfigError
 
 _LAYOUT = 1  # part of every key: raise it when what is written below changes
+BATCH = 64
+"""How many documents are tokenized at once."""
+
 _ORDER_SEED = 0
 
 
@@ -125,6 +129,11 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     return [np.array([*tokens, tokenizer.eos_token_id], dtype=token_dtype(tokenizer)) for tokens in encoded]
 
 
+def no_text(domain: str, documents: int) -> ConfigError:
+    """What to raise where none of a domain's documents holds any text."""
+    return ConfigError(f"{key_of(domain)} is empty: none of its {documents} documents holds any text.")
+
+
 def _rename(draft: Path, directory: Path) -> None:
     try:
         draft.rename(directory)
@@ -138,7 +147,7 @@ def _write(directory: Path, source: Source, tokenizer: PreTrainedTokenizerBase, 
     unordered = directory / "unordered"
     lengths, blank = _tokenize(unordered, source, tokenizer, domain)
     if not lengths:
-        raise ConfigError(f"data.domains.{domain} is empty: none of its {blank} documents holds any text.")
+        raise no_text(domain, blank)
     sizes = np.array(lengths, dtype=np.int64)
     ends = np.cumsum(sizes)
     order = np.random.default_rng(_ORDER_SEED).permutation(len(sizes))
@@ -161,7 +170,7 @@ def _tokenize(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, do
     blank = 0
     bar = tqdm(source.documents(domain), desc=f"Tokenizing {domain}", unit=" documents")
     with path.open("wb") as file, bar:
-        for texts in _batches(bar, 64):
+        for texts in _batches(bar, BATCH):
             documents = encode_documents(tokenizer, texts)
             blank += len(texts) - len(documents)
             for tokens in documents:

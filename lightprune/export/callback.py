@@ -13,7 +13,7 @@ from lightprune.export.card import Card
 from lightprune.export.write import check_generation_config, check_target, export_hf
 from lightprune.expressible import check_stock
 from lightprune.finish import FinishingCallback
-from lightprune.host import find_causal_lm
+from lightprune.host import data_of, find_causal_lm
 from lightprune.hub import Dtype, torch_dtype
 from lightprune.pipeline import Pipeline
 from lightprune.strategies import engine_of
@@ -106,7 +106,7 @@ def card_of(trainer: L.Trainer, *, last_validation: Mapping[str, float] | None =
         name = "the cut" if len(cuts) == 1 else f"cut {number}"
         metrics |= {f"{moment} {name}": values for moment, values in cut.metrics.items()}
     data: dict[str, Any] = {"optimizer steps": trainer.global_step}
-    domains = getattr(getattr(trainer, "datamodule", None), "domain_names", ())
+    domains = getattr(data_of(trainer), "domain_names", ())
     if domains:
         data["domains"] = ", ".join(domains)
     return Card(
@@ -118,7 +118,7 @@ def card_of(trainer: L.Trainer, *, last_validation: Mapping[str, float] | None =
 
 def tokenizer_of(trainer: L.Trainer, module: L.LightningModule) -> PreTrainedTokenizerBase | None:
     """The `tokenizer` of the module or else of the data module; None if neither has one."""
-    for owner in (module, getattr(trainer, "datamodule", None)):
+    for owner in (module, data_of(trainer)):
         try:
             tokenizer = getattr(owner, "tokenizer", None)
         except ConfigError:  # a module whose source holds no tokenizer

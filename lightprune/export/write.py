@@ -47,8 +47,13 @@ _FILES = (
 )
 
 
-def check_target(path: str | Path, *, overwrite: bool) -> Path:
+def check_target(path: str | Path, *, overwrite: bool, key: str = "path") -> Path:
     """Where an export may go.
+
+    Args:
+        path: the directory to write.
+        overwrite: whether an earlier export may be replaced.
+        key: the setting that names it, for what errors say.
 
     Returns:
         `path` as a `Path`, with `~` expanded.
@@ -58,33 +63,34 @@ def check_target(path: str | Path, *, overwrite: bool) -> Path:
             export does not write, or nothing can be there.
     """
     if not path:
-        raise ConfigError(f"The output is {path!r}: name the directory to write in `path`.")
+        raise ConfigError(f"The output is {path!r}: name the directory to write in `{key}`.")
     try:
         target = Path(path).expanduser()
     except RuntimeError as error:  # the home of somebody unknown
-        raise ConfigError(f"The output is {str(path)!r}, and there is no such home: choose another `path`.") from error
+        raise ConfigError(f"The output is {str(path)!r}, and there is no such home: choose another `{key}`.") from error
     above = next((parent for parent in target.absolute().parents if parent.exists()), target)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(
             f"The output {str(target)!r} cannot be made, since {str(above)!r} is no directory that one may write to: "
-            "choose another `path`."
+            f"choose another `{key}`."
         )
     if not os.path.lexists(target):
         return target
     if not overwrite:
         raise ConfigError(
-            f"The output {str(target)!r} exists already: choose another `path`, or set `overwrite: true` to replace it."
+            f"The output {str(target)!r} exists already: choose another `{key}`, or set `overwrite: true` to replace "
+            "it."
         )
     if not is_model_card(target / "README.md"):
         raise ConfigError(
             f"The output {str(target)!r} exists and is no export of lightprune's, so `overwrite` will not replace it: "
-            "choose another `path`."
+            f"choose another `{key}`."
         )
     others = sorted(name for name in os.listdir(target) if not any(fnmatch(name, file) for file in _FILES))
     if others:
         raise ConfigError(
             f"The output {str(target)!r} holds {', '.join(map(repr, others))} beside an earlier export, so `overwrite` "
-            "will not replace it: choose another `path`."
+            f"will not replace it: choose another `{key}`."
         )
     return target
 

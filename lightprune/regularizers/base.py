@@ -1,5 +1,6 @@
 """What all regularizers are: a window of optimizer steps in which the units that the plan removes are emptied."""
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, cast
 
@@ -33,13 +34,13 @@ class Regularizer(Part):
         self._attached = False
         self._handles: list[Handle] = []
 
+    @abstractmethod
     def watch(self, plan: PruningPlan) -> None:
         """Attach to what the plan removes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, elapsed: float) -> None:
         """Become what this has to be in the next step, when the share `elapsed` of the window, in (0, 1], is over."""
-        raise NotImplementedError
 
     @property
     def begins(self) -> int:

@@ -52,10 +52,10 @@ class DifferencePenalty(Regularizer):
 
     def __init__(
         self,
-        strength: float = 1e-3,
+        strength: float = 0.1,
         norm: Norm = "l2",
         ramp: Ramp = "constant",
-        relative: bool = False,
+        relative: bool = True,
         start: int | None = None,
         stop: int | None = None,
         order: Order = "joint",

@@ -5,8 +5,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightprune.errors import check_number
+from lightprune.groups import per_unit
 from lightprune.plan import PruningPlan
-from lightprune.regularizers.units import UnitRegularizer, per_unit
+from lightprune.regularizers.units import UnitRegularizer
 
 
 def shrinkage(norms: Tensor, threshold: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightprune.anatomy import UNITS, Anatomy, Structure, Unit
 from lightprune.groups import Coupled, Norm, coupled, norms_of
+from lightprune.host import logs_now
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.base import Regularizer
@@ -66,11 +67,6 @@ def _removed(plan: PruningPlan, unit: Unit, layer: int) -> list[int]:
     return removed
 
 
-def per_unit(values: Tensor, units: Tensor) -> Tensor:
-    """One value [n] for each unit, in a shape that broadcasts over `units` [n, ...]."""
-    return values.view(-1, *[1] * (units.ndim - 1))
-
-
 def shares(groups: Sequence[RemovedGroups]) -> dict[Unit, float]:
     """Of each structure, the part of its weights' sum of squares that lies in the units that go, over all layers.
 
@@ -107,9 +103,8 @@ class UnitRegularizer(Regularizer):
         if not self._groups:  # this cycle takes away layers alone
             return
         step, cycle = self.pipeline.step, self.pipeline.cycle
-        every: int = self.pipeline.trainer.log_every_n_steps  # type: ignore[attr-defined]
         ends = (self.window(cycle)[1], cycle.cut and cycle.cut.at)
-        if self._measured is None or (step != self._measured and (step in ends or (every and step % every == 0))):
+        if self._measured is None or (step != self._measured and (step in ends or logs_now(self.pipeline.trainer))):
             self._measured, self._shares = step, shares(self._groups)
             self.pipeline.log({f"regularize/share/{unit}": share for unit, share in self._shares.items()})
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback
-from lightprune.host import find_causal_lm, is_training_pass, log_metrics, run_validation
+from lightprune.host import data_of, find_causal_lm, is_training_pass, log_metrics, run_validation
 from lightprune.metrics import DomainLoss
 from lightprune.partitioned import parameter_count
 from lightprune.pipeline import Pipeline
@@ -123,7 +123,7 @@ class DomainReweighting(FinishingCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Everything is built anew; what a checkpoint holds is taken over once training starts."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         self._domains = list(data.domain_names)
         self._mixer = Mixer(
             initial_ratio(data.weights, self._domains),
@@ -212,7 +212,7 @@ class DomainReweighting(FinishingCallback):
         # Ranks have the same losses; a fit on another kind of processor may differ in the last bit.
         self._mixer.weights = np.array(trainer.strategy.broadcast(self._mixer.weights.tolist()))
         if self.rule != "constant":
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data = data_of(trainer)
             data.set_weights(dict(zip(self._domains, self._mixer.weights.tolist(), strict=True)))
         self._training.begin_interval()
         values = {

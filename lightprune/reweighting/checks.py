@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightprune.errors import ConfigError, check_choice, check_number, is_finite
+from lightprune.host import data_of
 from lightprune.reweighting.mixer import RULES
 from lightprune.reweighting.references import FITS_FROM, POINTS_FROM
 from lightprune.reweighting.robust import Array
@@ -51,7 +52,7 @@ def check_data(settings: "DomainReweighting", trainer: L.Trainer) -> None:
     Raises:
         ConfigError: it says what is missing.
     """
-    data: Any = getattr(trainer, "datamodule", None)
+    data = data_of(trainer)
     missing = [name for name in ("domain_names", "weights", "set_weights") if not hasattr(data, name)]
     if missing:
         found = "there is none" if data is None else f"{type(data).__name__} has no `{missing[0]}`"

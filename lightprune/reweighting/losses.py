@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
-from lightprune.metrics import IGNORE_INDEX, WITHOUT_FLOAT64, token_losses
+from lightprune.metrics import IGNORE_INDEX, token_losses, widest
 
 EMA = 0.1
 """What the newest step's loss weighs in the running mean (DRPruning, arXiv 2411.14055)."""
@@ -130,7 +130,7 @@ class TrainingLosses:
     """
 
     def __init__(self, domains: int, device: torch.device, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        dtype = torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+        dtype = widest(device)
         self._all_reduce = all_reduce
         self._step = torch.zeros(3, domains, dtype=dtype, device=device)  # this rank's, since the last optimizer step
         self._since = torch.zeros(2, domains, dtype=dtype, device=device)  # all ranks', since the last update

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+_SMOOTHING = 1e-4
+"""The share of the uniform mixture, over the domains that are in use, in Sheared LLaMA's rule."""
+
 _HALVINGS = 100
 """Of the interval that holds η: more than float64 can tell apart."""
 
@@ -19,7 +22,7 @@ def divergence(weights: Array, ratio: Array) -> float:
     return float(0.5 * np.sum((weights[used] - ratio[used]) ** 2 / ratio[used]))
 
 
-def worst_case_weights(excess: Array, ratio: Array, radius: float, floor: float = 0.2) -> Array:
+def worst_case_weights(excess: Array, ratio: Array, radius: float, floor: float) -> Array:
     """The mixture q around the ratio p under which the excess x is worst (DRPruning, arXiv 2411.14055).
 
     Without a floor this is exactly the solution of
@@ -79,7 +82,7 @@ def scale_reference(losses: Array, reference: Array) -> Array:
     return np.zeros_like(reference)
 
 
-def sheared_weights(weights: Array, excess: Array, smoothing: float = 1e-4) -> Array:
+def sheared_weights(weights: Array, excess: Array) -> Array:
     """The rule of Sheared LLaMA (arXiv 2310.06694, algorithm 1): q ∝ q·exp(x), with a little of the uniform mixture.
 
     Unlike `worst_case_weights` it moves on from the weights of before, without a bound. As in the authors' code, and
@@ -88,11 +91,10 @@ def sheared_weights(weights: Array, excess: Array, smoothing: float = 1e-4) -> A
     Args:
         weights: q [D] before; at least 0, sum 1.
         excess: x [D], finite, in nats per token.
-        smoothing: the share of the uniform mixture over the domains that are in use.
 
     Returns:
         q [D], sum 1.
     """
     used = weights > 0
     grown = weights * np.exp(np.where(used, excess - excess[used].max(), -np.inf))
-    return np.asarray((1 - smoothing) * grown / grown.sum() + smoothing * used / used.sum())
+    return np.asarray((1 - _SMOOTHING) * grown / grown.sum() + _SMOOTHING * used / used.sum())

@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import huber
 
 from lightprune.reweighting.robust import Array
 
@@ -97,13 +98,12 @@ def huber_objective(parameters: Array, features: Array, log_losses: Array) -> tu
     reducible = parameters[0] - features @ parameters[2:]
     predicted = np.logaddexp(reducible, parameters[1])
     residuals = predicted - log_losses
-    small = np.abs(residuals) <= _HUBER
-    huber = np.where(small, 0.5 * residuals**2 / _HUBER, np.abs(residuals) - 0.5 * _HUBER)
+    losses = huber(_HUBER, residuals) / _HUBER
     slopes = np.clip(residuals / _HUBER, -1, 1) / len(residuals)
     share = np.exp(reducible - predicted)  # of the reducible part in the loss
     by_reducible = slopes * share
     gradient = np.concatenate([[by_reducible.sum(), np.sum(slopes * (1 - share))], -(by_reducible @ features)])
-    return float(huber.mean()), gradient
+    return float(losses.mean()), gradient
 
 
 def _best_fits(features: Array, log_losses: Array) -> list[Array]:

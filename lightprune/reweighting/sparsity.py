@@ -17,6 +17,6 @@ def sparsity_of(trainer: L.Trainer, parameters: int, parameters_at_start: int) -
     pipeline = Pipeline.of(trainer)
     ahead = [] if pipeline is None else [part for part in pipeline.parts if not part.cycle.done]
     left = min(parameters / parameters_at_start, 1.0) if parameters_at_start else 1.0
-    stays = prod(1 - getattr(part, "sparsity", 0.0) for part in ahead)
-    will_stay = prod(1 - getattr(part, "target_sparsity", 0.0) for part in ahead)
+    stays = prod(1 - part.sparsity for part in ahead)
+    will_stay = prod(1 - part.target_sparsity for part in ahead)
     return 1 - left * stays, 1 - left * will_stay

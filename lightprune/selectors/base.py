@@ -60,9 +60,8 @@ class Selector(Part):
             ConfigError: the selector's settings do not fit such a model.
         """
 
-    @abstractmethod
     def watch(self) -> None:
-        """Attach to the model: the window opens (again, after a resume)."""
+        """Attach to the model: the window opens (again, after a resume). Those without a window never do."""
 
     @abstractmethod
     def choose(self) -> PruningPlan:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightprune.metrics import widest
 from lightprune.observe import TokenMask, on_output
 from lightprune.pipeline import Status
 from lightprune.selectors.base import LayerSelector, lowest
@@ -35,9 +36,10 @@ class BlockInfluenceSelector(LayerSelector):
 
     def watch(self) -> None:
         anatomy = self.pipeline.anatomy
+        device = anatomy.lm.device
         if not self._sums.numel():
-            self._sums = torch.zeros(2, anatomy.num_layers, dtype=torch.float64)
-        self._sums = self._sums.to(anatomy.lm.device)
+            self._sums = torch.zeros(2, anatomy.num_layers, dtype=widest(device))
+        self._sums = self._sums.to(device)
         self._handles.append(self._tokens.watch(anatomy.decoder))
         self._handles += [on_output(layer, self._record(index)) for index, layer in enumerate(anatomy.layers)]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightprune.anatomy import Unit
+from lightprune.metrics import widest
 from lightprune.observe import TokenMask
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
@@ -99,5 +100,5 @@ class CalibratedUnitSelector(UnitSelector):
 
 
 def accumulator(*sizes: int, device: torch.device) -> Tensor:
-    """Zeros to sum in: float64, where the device has it."""
-    return torch.zeros(*sizes, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    """Zeros to sum in."""
+    return torch.zeros(*sizes, device=device, dtype=widest(device))

@@ -1,5 +1,6 @@
 """Greedy perplexity: the search of SLEB (arXiv 2402.09025)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightprune.gates import replaced_forwards
+from lightprune.gates import Bypass, Handle, ReplacedForward, remove_all
 from lightprune.metrics import IGNORE_INDEX, token_losses
 from lightprune.observe import call_inputs, evaluating
 from lightprune.pipeline import Status
@@ -59,7 +60,10 @@ class GreedyPerplexitySelector(LayerSelector):
         return dropped, {"rounds": history}
 
     def _round(self, lm: nn.Module, layers: nn.ModuleList, dropped: list[int]) -> dict[int, float]:
-        """Mean loss over the kept batches, in nats a token, with each remaining candidate left out in turn."""
+        """Mean loss over the kept batches, in nats a token, with each remaining candidate left out in turn.
+
+        Candidates without which the loss overflows (in float16) are left out: they stay.
+        """
         remaining = [index for index in self.candidates if index not in dropped]
         sums = dict.fromkeys(remaining, 0.0)
         tokens: float = 0
@@ -71,9 +75,10 @@ class GreedyPerplexitySelector(LayerSelector):
                 sums[index] += loss
             tokens += tokens_here
         *totals, tokens = self.pipeline.engine.sum(torch.tensor([*sums.values(), tokens], dtype=torch.float64)).tolist()
-        if not tokens:
+        finite = {index: total for index, total in zip(sums, totals, strict=True) if math.isfinite(total)}
+        if not finite or not tokens:
             raise self.seen_nothing()
-        return {index: total / tokens for index, total in zip(sums, totals, strict=True)}
+        return {index: total / tokens for index, total in finite.items()}
 
     @staticmethod
     def _loss_without(
@@ -85,9 +90,12 @@ class GreedyPerplexitySelector(LayerSelector):
         entering: Tensor,
     ) -> tuple[float, int]:
         """The summed loss and the token count with layer `index` left out; layers up to it are not computed."""
-        ahead = dict.fromkeys((*range(index), *dropped), _skip)
-        with replaced_forwards(layers, {**ahead, index: lambda *args, **kwargs: entering}):
+        handles: list[Handle] = [Bypass(layers[i], i) for i in {*range(index), *dropped}]
+        handles.append(ReplacedForward(layers[index], lambda *args, **kwargs: entering))
+        try:
             return summed_loss(lm, inputs)
+        finally:
+            remove_all(handles)
 
     def status(self) -> Status:
         return {"kept": len(self._batches)} if self.open else super().status()
@@ -113,10 +121,6 @@ def _call(lm: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     return {**arguments, "use_cache": False}
 
 
-def _skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
-
-
 def entering_states(
     lm: nn.Module, layers: nn.ModuleList, inputs: dict[str, Tensor], dropped: list[int]
 ) -> dict[int, Tensor]:
@@ -129,13 +133,12 @@ def entering_states(
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(remember(index)) for index, layer in enumerate(layers)]
+    handles: list[Handle] = [layer.register_forward_pre_hook(remember(i)) for i, layer in enumerate(layers)]
+    handles += [Bypass(layers[i], i) for i in dropped]
     try:
-        with replaced_forwards(layers, dict.fromkeys(dropped, _skip)):
-            lm(**_call(lm, inputs), logits_to_keep=1)
+        lm(**_call(lm, inputs), logits_to_keep=1)
     finally:
-        for handle in handles:
-            handle.remove()
+        remove_all(handles)
     return entering
 
 

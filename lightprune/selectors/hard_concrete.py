@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightprune.anatomy import STRUCTURES, Shape, Structure
 from lightprune.cycle import expected_shapes
 from lightprune.errors import ConfigError, check_number, is_whole
+from lightprune.host import logs_now
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.plots import mask_figure
@@ -338,8 +339,7 @@ class HardConcreteSelector(Selector):
             self._history.append(
                 (step, {structure: (sparsities[structure], targets[structure]) for structure in targets})
             )
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and step % every == 0:
+        if logs_now(trainer):
             self.pipeline.log(
                 {
                     **{f"select/sparsity/{structure}": share for structure, share in sparsities.items()},

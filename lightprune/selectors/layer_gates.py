@@ -25,8 +25,8 @@ class LayerGateSelector(LayerSelector):
         steps_per_round: optimizer steps a round.
         start: the optimizer step at which the first round begins.
         lr: Adam's learning rate for the gates.
-        l1: strength of the l1 penalty, lambda_1, against a loss in nats per token (paper: 5e-3). Too weak, and the
-            noise of the gates' gradients ranks them; too strong, and all close alike. `benchmarks/depth.py` compares.
+        l1: strength of the l1 penalty, lambda_1, against a loss in nats per token; the default is the paper's. Ten
+            times as much was measured worse (`benchmarks/depth.py`): it closes all gates alike.
         placement: what a gate scales: "residual", the layer's branch X_in + s * (f(X_in) - X_in), so that a closed
             gate is the layer left out; or "output", the whole output s * X_out, as the paper draws it. There the last
             layer's gate is free to shrink, since the final norm undoes it, and must be protected.
@@ -47,7 +47,7 @@ class LayerGateSelector(LayerSelector):
         steps_per_round: int = 20,
         start: int = 0,
         lr: float = 0.02,
-        l1: float = 0.05,
+        l1: float = 5e-3,
         placement: Placement = "residual",
         restart: bool = True,
         patience: int | None = None,
@@ -140,9 +140,10 @@ class LayerGateSelector(LayerSelector):
             return
         self.pipeline.engine.learn(self._adam, held=self.pipeline.weights_held)
         self._round_steps += 1
-        smallest = self._smallest_gates()
-        self._stable_steps = self._stable_steps + 1 if smallest == self._smallest else 0
-        self._smallest = smallest
+        if self.patience is not None:  # ranking waits for the device
+            smallest = self._smallest_gates()
+            self._stable_steps = self._stable_steps + 1 if smallest == self._smallest else 0
+            self._smallest = smallest
         if self._round_is_over() and not self.pipeline.module.automatic_optimization:
             self._end_round()  # the batch may have further steps
 

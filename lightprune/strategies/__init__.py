@@ -1,4 +1,4 @@
-"""How a Lightning strategy trains while the model changes under it: one file, and one engine, for each strategy."""
+"""How a Lightning strategy trains while the model changes under it: one engine for each kind of strategy."""
 
 import lightning as L
 
@@ -29,7 +29,7 @@ def engine_of(trainer: L.Trainer) -> Engine:
         )
     raise ConfigError(
         f"lightprune cannot prune under {type(trainer.strategy).__name__}: set trainer.strategy to auto (one device), "
-        "ddp (the model fits on each device) or deepspeed_stage_3 (it does not)."
+        "ddp (the model fits on each device) or lightprune.strategies.ExactDeepSpeedStrategy with stage 1, 2 or 3."
     )
 
 

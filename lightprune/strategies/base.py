@@ -1,5 +1,6 @@
-"""`Engine`: what the pipeline asks of a Lightning strategy. One file, and one subclass, for each that is supported."""
+"""`Engine`: what the pipeline asks of a Lightning strategy. One subclass for each kind that is supported."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ Restructure = Callable[[Mapping[str, Any]], None]
 Replaced = dict[nn.Parameter, tuple[nn.Parameter, Rows]]
 
 
-class Engine:
+class Engine(ABC):
     """How one kind of Lightning strategy trains, and how it is made whole when the model changes under it.
 
     Attributes:
@@ -141,30 +142,26 @@ class Engine:
 
     # The model changes.
 
+    @abstractmethod
     def rewrapped(self) -> AbstractContextManager[Replaced]:
         """Inside, the model may change: its parameters, and those that the optimizers have. Then all is made whole.
 
         What is entered takes note of every parameter that is replaced.
         """
-        raise NotImplementedError
 
     def cut(self, anatomy: Anatomy, plan: PruningPlan) -> None:
         """Execute `plan` inside a running fit: model, optimizers, schedulers. `global_step` and the loops go on."""
         with self.rewrapped() as replaced:
-            self._cut(anatomy, plan, replaced)
 
-    def _cut(self, anatomy: Anatomy, plan: PruningPlan, replaced: Replaced) -> None:
-        """Cut the model, and take what goes out of the optimizers and schedulers, which stay the same objects."""
+            def on_replace(old: nn.Parameter, new: nn.Parameter, rows: Rows) -> None:
+                replaced[new] = old, rows
+                for optimizer in self.optimizers:
+                    replace_parameter(optimizer, old, new, rows)
 
-        def on_replace(old: nn.Parameter, new: nn.Parameter, rows: Rows) -> None:
-            replaced[new] = old, rows
-            for optimizer in self.optimizers:
-                replace_parameter(optimizer, old, new, rows)
-
-        removed = [parameter for i in plan.dropped_layers for parameter in anatomy.layers[i].parameters()]
-        cut_model(anatomy, plan, on_replace)
-        for optimizer in self.optimizers:
-            remove_parameters(optimizer, schedulers_of(self.trainer, optimizer), removed)
+            removed = [parameter for i in plan.dropped_layers for parameter in anatomy.layers[i].parameters()]
+            cut_model(anatomy, plan, on_replace)
+            for optimizer in self.optimizers:  # these, and the schedulers, stay the same objects
+                remove_parameters(optimizer, schedulers_of(self.trainer, optimizer), removed)
 
     def load(
         self, original: Callable[..., Checkpoint], restructure: Restructure, path: Any, *args: Any, **kwargs: Any

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
+from lightprune.host import shadow_method
 from lightprune.partitioned import changed, is_partitioned, twin, whole, whole_shape
 from lightprune.strategies import zero
 from lightprune.strategies.base import (
@@ -206,14 +207,11 @@ class DeepSpeed(Engine):
     def _assemble(self, optimizer: Optimizer) -> None:
         """Build an engine around the module and an optimizer that there is."""
         schedule = next(iter(self.trainer.lr_scheduler_configs), None)
-        before = vars(self.strategy).pop(self.makes_optimizers, None)
-        vars(self.strategy)[self.makes_optimizers] = lambda: (optimizer, schedule)
+        restore = shadow_method(self.strategy, self.makes_optimizers, lambda original: (optimizer, schedule))
         try:
             self.strategy.init_deepspeed()
         finally:
-            del vars(self.strategy)[self.makes_optimizers]
-            if before is not None:
-                vars(self.strategy)[self.makes_optimizers] = before
+            restore()
 
     def load(
         self,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightprune.errors import ConfigError
+from lightprune.host import shadow_method
 
 _MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
@@ -80,12 +81,11 @@ def _of_ranks(folder: Path, pattern: str) -> list[Path]:
 @contextmanager
 def safe_loading(engine: Any) -> Iterator[None]:
     """Let an engine read checkpoints without running what they might contain."""
-    reader = engine.checkpoint_engine
-    reader.load = lambda path, map_location=None: _load(path)
+    restore = shadow_method(engine.checkpoint_engine, "load", lambda original, path, map_location=None: _load(path))
     try:
         yield
     finally:
-        del reader.load
+        restore()
 
 
 def _load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:

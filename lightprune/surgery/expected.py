@@ -22,7 +22,7 @@ def expected_parameters(anatomy: Anatomy, is_open: Mapping[Structure, Tensor]) -
             [L, I], "hidden" [d]; a structure that is left out stays whole.
     """
     shape = anatomy.shape
-    counts = {unit: of_units.double().sum(-1).tolist() for unit, of_units in is_open.items() if unit != "layers"}
+    counts = {unit: of_units.cpu().double().sum(-1).tolist() for unit, of_units in is_open.items() if unit != "layers"}
     layers = is_open["layers"].tolist() if "layers" in is_open else [1.0] * shape.layers
 
     def length(axis: Axis, layer: int | None) -> float:
@@ -33,14 +33,11 @@ def expected_parameters(anatomy: Anatomy, is_open: Mapping[Structure, Tensor]) -
         return total
 
     axes = {weight.path: (weight.axes, weight.layer) for weight in anatomy.weights()}
-    prefix = f"{anatomy.family.layers}."
     expected = 0.0
     for name, parameter in anatomy.lm.named_parameters():
         sizes = whole_shape(parameter)
         of_axes, layer = axes.get(name, ((None,) * len(sizes), None))
         lengths = [size if axis is None else length(axis, layer) for axis, size in zip(of_axes, sizes, strict=True)]
-        if name.startswith(prefix):
-            expected += prod(lengths) * layers[int(name.removeprefix(prefix).partition(".")[0])]
-        else:
-            expected += prod(lengths)
+        place = anatomy.layer_of(name)
+        expected += prod(lengths) * (1.0 if place is None else layers[place[0]])
     return expected

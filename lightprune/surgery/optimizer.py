@@ -13,8 +13,8 @@ from lightprune.surgery.model import Rows, sliced
 
 # Optimizers that keep, for each parameter, tensors of its own shape and numbers, and nothing that mixes its entries.
 ELEMENTWISE = (Adam, AdamW, SGD)
-# The same of deepspeed, which need not be installed.
-_ELEMENTWISE_IN_DEEPSPEED = ("DeepSpeedCPUAdam", "FusedAdam")
+# The same of deepspeed, which need not be installed: by name.
+ELEMENTWISE_IN_DEEPSPEED = ("DeepSpeedCPUAdam", "FusedAdam")
 
 # What PyTorch's schedulers keep one entry of for every parameter group.
 _PER_GROUP_LISTS = (
@@ -32,10 +32,10 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose state cannot be sliced with the parameters.
 
     Raises:
-        ConfigError: it is none of Adam, AdamW and SGD.
+        ConfigError: it is none of those that can be.
     """
-    if not isinstance(optimizer, ELEMENTWISE) and type(optimizer).__name__ not in _ELEMENTWISE_IN_DEEPSPEED:
-        allowed = ", ".join(kind.__name__ for kind in ELEMENTWISE)
+    if not isinstance(optimizer, ELEMENTWISE) and type(optimizer).__name__ not in ELEMENTWISE_IN_DEEPSPEED:
+        allowed = ", ".join([*(kind.__name__ for kind in ELEMENTWISE), *ELEMENTWISE_IN_DEEPSPEED])
         raise ConfigError(
             f"lightprune cannot carry the state of {type(optimizer).__name__} through a cut in width: it can that of "
             f"{allowed}; choose one of them in the module's `optimizer`, or cut layers only."

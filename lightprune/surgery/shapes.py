@@ -16,18 +16,18 @@ def resulting_shapes(anatomy: Anatomy, plan: PruningPlan) -> dict[str, torch.Siz
         weight.path: [None if axis is None else length(axis, plan.shape) for axis in weight.axes]
         for weight in anatomy.weights()
     }
-    layers = f"{anatomy.family.layers}."
     new_index = {old: new for new, old in enumerate(plan.kept_layers)}
     shapes = {}
     for name, parameter in anatomy.lm.named_parameters():
         before = whole_shape(parameter)
         sizes = of_weights.get(name, [None] * len(before))
         shape = torch.Size(old if size is None else size for old, size in zip(before, sizes, strict=True))
-        if name.startswith(layers):
-            index, _, rest = name.removeprefix(layers).partition(".")
-            if int(index) not in new_index:
+        place = anatomy.layer_of(name)
+        if place is not None:
+            index, rest = place
+            if index not in new_index:
                 continue
-            name = f"{layers}{new_index[int(index)]}.{rest}"
+            name = f"{anatomy.family.layers}.{new_index[index]}.{rest}"
         shapes[name] = shape
     return shapes
 

@@ -47,7 +47,7 @@ def test_weights_and_data_follow_the_weakest_domain(folder: Path, stranger: bool
     logged = metrics_of(trainer)
     assert list(logged) == list(range(5, 31, 5))
     last = logged[30]
-    np.testing.assert_allclose(of(last, "weight"), worst_case_weights(of(last, "loss"), np.full(3, 1 / 3), 0.3))
+    np.testing.assert_allclose(of(last, "weight"), worst_case_weights(of(last, "loss"), np.full(3, 1 / 3), 0.3, 0.2))
     assert last["domains/weight/hard"] > 0.6 > last["domains/weight/easy"]
     assert trainer.datamodule.weights == pytest.approx(dict(zip(DOMAINS, of(last, "weight"), strict=True)))
     drawn = [domain for number, domains in consumed.domains.items() if number > 10 for domain in domains]

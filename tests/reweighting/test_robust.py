@@ -108,29 +108,29 @@ def test_more_excess_never_means_less_boost() -> None:
     rng = np.random.default_rng(2)
     for _ in range(50):
         excess, ratio, radius = draw_case(rng)
-        boost = (worst_case_weights(excess, ratio, radius) / ratio)[excess.argsort()]
+        boost = (worst_case_weights(excess, ratio, radius, 0.2) / ratio)[excess.argsort()]
         assert (np.diff(boost) >= -1e-9).all()
 
 
 def test_equal_excess_gives_the_ratio_and_a_tie_is_shared() -> None:
     ratio = np.array([0.2, 0.3, 0.5])
-    assert (worst_case_weights(np.full(3, 0.7), ratio, 0.1) == ratio).all()
+    assert (worst_case_weights(np.full(3, 0.7), ratio, 0.1, 0.2) == ratio).all()
     # A huge ball: all weight to the two highest, in the proportion of their ratios.
     np.testing.assert_allclose(worst_case_weights(np.array([1.0, 1.0, 0.0]), ratio, 100, 0.0), [0.4, 0.6, 0])
 
 
 def test_scale_and_zero_of_the_excess_do_not_matter() -> None:
     excess, ratio = np.array([0.1, 0.5, 0.3]), np.array([0.2, 0.3, 0.5])
-    weights = worst_case_weights(excess, ratio, 0.1)
-    np.testing.assert_allclose(worst_case_weights(1e-7 * excess + 3, ratio, 0.1), weights, rtol=1e-6)
+    weights = worst_case_weights(excess, ratio, 0.1, 0.2)
+    np.testing.assert_allclose(worst_case_weights(1e-7 * excess + 3, ratio, 0.1, 0.2), weights, rtol=1e-6)
 
 
 def test_a_domain_out_of_the_mixture_stays_out() -> None:
     ratio = np.array([0.5, 0.0, 0.5])
-    weights = worst_case_weights(np.array([0.1, 9.0, 0.3]), ratio, 0.1)
+    weights = worst_case_weights(np.array([0.1, 9.0, 0.3]), ratio, 0.1, 0.2)
     assert weights[1] == 0
     np.testing.assert_allclose(
-        weights[[0, 2]], worst_case_weights(np.array([0.1, 0.3]), np.array([0.5, 0.5]), 0.1), atol=1e-12
+        weights[[0, 2]], worst_case_weights(np.array([0.1, 0.3]), np.array([0.5, 0.5]), 0.1, 0.2), atol=1e-12
     )
     assert sheared_weights(ratio, np.array([0.1, 900.0, 0.3]))[1] == 0
 

@@ -68,3 +68,27 @@ def test_what_overflows_is_not_seen(name: str, tmp_path: Path) -> None:
 def test_where_everything_overflows_nothing_is_decided(name: str, tmp_path: Path) -> None:
     with pytest.raises(lp.ConfigError, match="has seen nothing by step 1"):
         decided(SELECTORS[name](1), batches(1), 0, tmp_path)
+
+
+class Fragile(Plain):
+    """What leaves layer 3 overflows where layer 2 was not run."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_lm("llama"))
+        layers, ran = self.lm.model.layers, []
+        layers[2].mlp.register_forward_hook(lambda *_: ran.append(True))
+        layers[3].register_forward_hook(lambda _, inputs, output: output if ran and ran.pop() else output * torch.inf)
+
+
+def test_a_layer_without_which_the_loss_overflows_stays() -> None:
+    selector = lp.GreedyPerplexitySelector(drop=4, stop=2)
+    fit(Fragile(), [selector], batches(2), 2)
+    assert selector.plan is not None
+    assert set(selector.plan.kept_layers) == {2, 3}
+    assert "Infinity" not in selector.plan.to_json()
+    assert "NaN" not in selector.plan.to_json()
+
+
+def test_a_search_in_which_everything_overflows() -> None:
+    with pytest.raises(lp.ConfigError, match="has seen nothing by step 1"):
+        fit(Overflowing(0), [lp.GreedyPerplexitySelector(drop=2, stop=1)], batches(1), 1)
