@@ -5,10 +5,7 @@ what is left. Each of these is a `Part`, a callback that only says what it shoul
 The hooks of the first move all of them, in the order of their stages, so the order of `trainer.callbacks` does not
 matter.
 
-Two doors lead into a stranger's training, both wrapped on the strategy's instance and removed again afterwards.
-`backward` is where penalties join the loss: behind gradient accumulation's division, before any loss scale, and the
-same for automatic and manual optimization. `optimizer_step` is where weights are held still. The user's own
-`configure_optimizers`, schedulers and clipping never see a gate: gates have an optimizer of their own.
+How they act inside of an optimizer step that is not theirs: `lightprune.doors`.
 """
 
 from abc import ABC
@@ -21,13 +18,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightprune import module_checks, run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.cycle import Cycle, cycles_of, expected_shapes
+from lightprune.doors import Doors, HeldWeights
 from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics, shadow_method
 from lightprune.partitioned import whole_construction
@@ -144,7 +142,7 @@ class Part(Callback, ABC):
             self.pipeline.advance()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if not self.pipeline.weights_held and self.pipeline.engine.stepping:
+        if not self.pipeline.weights.held and self.pipeline.engine.stepping:
             self.learn()
 
     def on_train_batch_end(
@@ -206,9 +204,9 @@ class Pipeline:
         self.anatomy: Anatomy
         self.resumed = False  # whether the parts' states come from a checkpoint
         self._evaluated: int | None = None  # the step of the checkpoint that is evaluated outside a fit
-        self._held: list[nn.Parameter] = []
         self._unwrap: list[Callable[[], None]] = []
-        self._forwarded = False  # whether the LM has run since the last backward: only its losses get a penalty
+        self.weights = HeldWeights(module)
+        self._doors = Doors(self.engine, self.parts, self.weights)
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Pipeline | None":
@@ -300,26 +298,6 @@ class Pipeline:
         if self.fitting:
             log_metrics(self.trainer, metrics)
 
-    # Holding weights still.
-
-    @property
-    def weights_held(self) -> bool:
-        """Whether the module's weights stand still at present."""
-        return bool(self._held)
-
-    def hold_weights(self) -> None:
-        """Let no weight of the module move, or cost a gradient, until `release_weights`."""
-        moving = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self._held += moving  # several parts may hold them
-        for parameter in moving:
-            parameter.requires_grad_(False)
-
-    def release_weights(self) -> None:
-        """Let the weights that `hold_weights` stopped move again."""
-        for parameter in self._held:
-            parameter.requires_grad_(True)
-        self._held = []
-
     # What the trainer drives.
 
     def advance(self) -> None:
@@ -349,7 +327,7 @@ class Pipeline:
         """Find the model and check every part against it; called once the module has built its layers."""
         _, lm = find_causal_lm(self.module)
         self.anatomy = anatomy_of(lm)
-        self._unwrap.append(self.anatomy.decoder.register_forward_pre_hook(self._note_forward).remove)
+        self._unwrap.append(self._doors.watch(self.anatomy.decoder).remove)
         if self.fitting:
             module_checks.check_eager(self.module)
             if self.cut is None or not self.cut.done:
@@ -359,7 +337,7 @@ class Pipeline:
         """Leave the module and the strategy as they were found."""
         for part in self.parts:
             part.detach()
-        self.release_weights()
+        self.weights.release()
         self.engine.expect_skips(False)
         while self._unwrap:
             self._unwrap.pop()()
@@ -384,9 +362,7 @@ class Pipeline:
             self.engine.expect_skips(any(part.skips_layers for part in self.parts))
         self.shadow(self.module, "configure_model", self._configure_model)
         self.shadow(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
-        self.shadow(self.trainer.strategy, "training_step", self._training_step)
-        self.shadow(self.trainer.strategy, "backward", self._backward)
-        self.shadow(self.trainer.strategy, "optimizer_step", self._optimizer_step)
+        self._unwrap += self._doors.open()
 
     def shadow(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         """Shadow a method on the instance until `close`; `replacement` gets the original first."""
@@ -414,53 +390,6 @@ class Pipeline:
                 part.restructure(states[part.state_key])
         if self.cut is not None and states.get(self.cut.state_key, {}).get("plan") is not None:
             self.engine.expect_skips(False)
-
-    def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.engine.held_step(original, *args, **kwargs) if self.weights_held else original(*args, **kwargs)
-
-    def _backward(
-        self,
-        original: Callable[..., Tensor],
-        loss: Tensor,
-        optimizer: Optimizer | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if self._forwarded:
-            self._forwarded = False
-            for part in self.parts:
-                penalty = part.penalty()
-                if penalty is not None:
-                    loss = loss + penalty.to(loss.device) / self.trainer.accumulate_grad_batches
-        if not self.weights_held:
-            return original(loss, optimizer, *args, **kwargs)
-        return self.engine.held_backward(original, loss, optimizer, *args, **kwargs) if loss.requires_grad else loss
-
-    def _note_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._forwarded = self._forwarded or self.training
-
-    def _optimizer_step(
-        self,
-        original: Callable[..., Any],
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if not self.weights_held:
-            result = original(optimizer, closure, *args, **kwargs)
-            if self.engine.stepping:
-                self.engine.stepped()
-                for part in self.parts:
-                    part.project()
-            return result
-        result = closure()
-        if self.engine.stepping:
-            for part in self.parts:
-                part.learn()
-            self.engine.adjust_scale()
-            self.engine.skip_step(optimizer)
-        return result
 
 
 def _parts_last(callbacks: Sequence[Callback], parts: Sequence[Part]) -> list[Callback]:

@@ -280,7 +280,12 @@ def test_penalty_reaches_the_gradient_exactly_under_manual_optimization(module: 
     PruningPlan.dropping(anatomy_of(lm), [2]).save(tmp_path / "plan.json")
     stranger = module(lm)
     spy = Spy(lambda trainer, m: gradients(m.lm), "on_before_optimizer_step")
-    fit(stranger, [spy, PlanFromFile(str(tmp_path / "plan.json")), DifferencePenalty(3.0, stop=3)], [batch], 1)
+    fit(
+        stranger,
+        [spy, PlanFromFile(str(tmp_path / "plan.json")), DifferencePenalty(3.0, relative=False, stop=3)],
+        [batch],
+        1,
+    )
     assert_close(spy.seen[0], gradients(twin), rtol=1e-4, atol=1e-6)
 
 

@@ -95,7 +95,7 @@ class Selector(Part):
         if not self.open and self.stop > self.start:
             self.open = self.opened = True
             if self.hold_weights:
-                self.pipeline.hold_weights()
+                self.pipeline.weights.hold()
             self.watch()
         if step >= self.stop or self.settled():
             self._decide()
@@ -119,7 +119,7 @@ class Selector(Part):
         plan = self.choose()
         self.detach()
         if not any(other.open and other.hold_weights for other in self.pipeline.selectors):
-            self.pipeline.release_weights()
+            self.pipeline.weights.release()
         made_by = {"selector": type(self).__name__, "step": self.pipeline.step}
         decided = replace(plan, provenance={**made_by, **plan.provenance})
         # All ranks have seen the same, but for rounding, and rounding must not decide.

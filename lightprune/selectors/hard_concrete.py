@@ -209,7 +209,7 @@ class HardConcreteSelector(Selector):
         if not self.open or self._masks is None or self._adam is None:
             return
         self._collect()
-        self.pipeline.engine.learn(self._adam, held=self.pipeline.weights_held)
+        self.pipeline.engine.learn(self._adam, held=self.pipeline.weights.held)
         self._masks.clamp()
 
     def choose(self) -> PruningPlan:

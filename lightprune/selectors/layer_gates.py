@@ -138,7 +138,7 @@ class LayerGateSelector(LayerSelector):
         """One step of Adam on the gates."""
         if not self.open or self._adam is None:
             return
-        self.pipeline.engine.learn(self._adam, held=self.pipeline.weights_held)
+        self.pipeline.engine.learn(self._adam, held=self.pipeline.weights.held)
         self._round_steps += 1
         if self.patience is not None:  # ranking waits for the device
             smallest = self._smallest_gates()

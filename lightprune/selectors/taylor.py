@@ -103,7 +103,7 @@ class TaylorUnitSelector(CalibratedUnitSelector):
         if scaler is None or not scaler.is_enabled():
             return one
         scale: Tensor = scaler.scale(one)
-        if self.pipeline.weights_held:
+        if self.pipeline.weights.held:
             scaler.update(torch.where(finite, scale, scale * scaler.get_backoff_factor()))
         return scale
 

@@ -79,7 +79,7 @@ def test_gradient_is_that_of_the_formula(name: str, norm: Norm, relative: bool, 
     twin = copy.deepcopy(lm)
     loss, means = by_hand(twin, batch, DROP, norm, relative)
     (loss + STRENGTH * torch.stack(means).sum()).backward()
-    penalty = DifferencePenalty(STRENGTH, norm=norm, relative=relative, stop=4)
+    penalty = DifferencePenalty(STRENGTH, relative=False, norm=norm, relative=relative, stop=4)
     actual = fitted_gradients(Plain(lm), [plan_file(lm, DROP), penalty], [batch])
     assert_close(actual, gradients(twin), rtol=1e-4, atol=1e-5)
 
@@ -87,7 +87,7 @@ def test_gradient_is_that_of_the_formula(name: str, norm: Norm, relative: bool, 
 def test_status_is_the_unweighted_penalty(plan_file: Any) -> None:
     lm, batch = tiny_lm(), padded()
     _, means = by_hand(copy.deepcopy(lm), batch, DROP, "l2")
-    penalty = DifferencePenalty(STRENGTH, stop=4)
+    penalty = DifferencePenalty(STRENGTH, relative=False, stop=4)
     spy = Spy(lambda *_: penalty.status())
     fit(Plain(lm), [spy, plan_file(lm, DROP), penalty], [batch], max_steps=1)
     assert spy.seen[0]["difference"] == pytest.approx(sum(means).item(), rel=1e-5)
@@ -124,7 +124,7 @@ def test_padding_whose_embedding_is_zero_divides_by_nothing(norm: Norm, plan_fil
     lm = tiny_lm()
     with torch.no_grad():
         lm.get_input_embeddings().weight[0] = 0
-    parts = [plan_file(lm, [0]), DifferencePenalty(STRENGTH, norm=norm, relative=True, stop=4)]
+    parts = [plan_file(lm, [0]), DifferencePenalty(STRENGTH, relative=False, norm=norm, relative=True, stop=4)]
     found = fitted_gradients(Plain(lm), parts, [padded()])
     assert all(gradient.isfinite().all() for gradient in found.values())
 
@@ -138,7 +138,11 @@ def test_padding_does_not_count(plan_file: Any) -> None:
         "labels": torch.cat([short["labels"], torch.full((2, 4), -100)], 1),
     }
     both = [
-        fitted_gradients(Plain(lm := tiny_lm("llama")), [plan_file(lm, DROP), DifferencePenalty(STRENGTH, stop=4)], [b])
+        fitted_gradients(
+            Plain(lm := tiny_lm("llama")),
+            [plan_file(lm, DROP), DifferencePenalty(STRENGTH, relative=False, stop=4)],
+            [b],
+        )
         for b in (short, long)
     ]
     assert_close(both[0], both[1], rtol=1e-4, atol=1e-5)
@@ -150,7 +154,7 @@ def test_accumulation_equals_one_big_batch(plan_file: Any) -> None:
 
     def gradient(data: list[Batch], accumulate: int) -> dict[str, Tensor]:
         lm = tiny_lm()
-        parts = [plan_file(lm, DROP), DifferencePenalty(STRENGTH, stop=4)]
+        parts = [plan_file(lm, DROP), DifferencePenalty(STRENGTH, relative=False, stop=4)]
         return fitted_gradients(Plain(lm), parts, data, accumulate_grad_batches=accumulate)
 
     assert_close(gradient(pieces, 4), gradient([whole], 1), rtol=1e-4, atol=1e-5)
@@ -164,7 +168,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool, plan
         if checkpointed:
             lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
             lm.enable_input_require_grads()
-        parts = [plan_file(lm, DROP), DifferencePenalty(STRENGTH), GateAnnealing(), StructuredCut(at=4)]
+        parts = [plan_file(lm, DROP), DifferencePenalty(STRENGTH, relative=False), GateAnnealing(), StructuredCut(at=4)]
         return fitted_gradients(Plain(lm), parts, [padded()], max_steps=4)
 
     assert_close(gradient(True), gradient(False), rtol=1e-4, atol=1e-6)
@@ -191,7 +195,7 @@ def test_difference_is_the_layers_own_under_annealing(plan_file: Any) -> None:
         mask = batch["attention_mask"] == 1
         penalty = sum(((o - i).square().mean(-1).sqrt())[mask].mean() for i, o in states.values())
         (loss + STRENGTH * penalty).backward()
-        parts = [DifferencePenalty(STRENGTH), GateAnnealing(), StructuredCut(at=4)]
+        parts = [DifferencePenalty(STRENGTH, relative=False), GateAnnealing(), StructuredCut(at=4)]
         parts = parts[::-1] if swap else parts
         actual = fitted_gradients(Plain(lm), [plan_file(lm, DROP), *parts], [batch], max_steps=4)
         results.append((actual, gradients(twin)))
@@ -222,7 +226,7 @@ def test_strength_follows_its_ramp(ramp: Any, order: Any, expected: list[tuple[f
     )
     module = Plain(lm, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     spy = Spy(lambda trainer, m: m.lm.get_parameter(name).grad.clone(), "on_before_optimizer_step")
-    parts = [plan_file(lm, DROP), DifferencePenalty(STRENGTH, ramp=ramp, order=order, start=1, stop=5)]
+    parts = [plan_file(lm, DROP), DifferencePenalty(STRENGTH, relative=False, ramp=ramp, order=order, start=1, stop=5)]
     fit(module, [spy, *parts, StructuredCut(at=6, validate=False)], [batch] * 6, max_steps=6)
     assert len(spy.seen) == 6
     for actual, (first, second) in zip(spy.seen, expected, strict=True):
@@ -237,7 +241,13 @@ def test_validation_adds_nothing_to_the_next_step(plan_file: Any) -> None:
         lm = tiny_lm()
         module = Plain(lm)
         kwargs: dict[str, Any] = {"val_check_interval": check} if check else {"limit_val_batches": 0}
-        fit(module, [plan_file(lm, DROP), DifferencePenalty(STRENGTH, stop=4)], batches(3), max_steps=3, **kwargs)
+        fit(
+            module,
+            [plan_file(lm, DROP), DifferencePenalty(STRENGTH, relative=False, stop=4)],
+            batches(3),
+            max_steps=3,
+            **kwargs,
+        )
         return {name: p.detach() for name, p in module.named_parameters()}
 
     plain, validated = run(None), run(1)
