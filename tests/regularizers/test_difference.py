@@ -79,7 +79,7 @@ def test_gradient_is_that_of_the_formula(name: str, norm: Norm, relative: bool, 
     twin = copy.deepcopy(lm)
     loss, means = by_hand(twin, batch, DROP, norm, relative)
     (loss + STRENGTH * torch.stack(means).sum()).backward()
-    penalty = DifferencePenalty(STRENGTH, relative=False, norm=norm, relative=relative, stop=4)
+    penalty = DifferencePenalty(STRENGTH, norm=norm, relative=relative, stop=4)
     actual = fitted_gradients(Plain(lm), [plan_file(lm, DROP), penalty], [batch])
     assert_close(actual, gradients(twin), rtol=1e-4, atol=1e-5)
 
@@ -124,7 +124,7 @@ def test_padding_whose_embedding_is_zero_divides_by_nothing(norm: Norm, plan_fil
     lm = tiny_lm()
     with torch.no_grad():
         lm.get_input_embeddings().weight[0] = 0
-    parts = [plan_file(lm, [0]), DifferencePenalty(STRENGTH, relative=False, norm=norm, relative=True, stop=4)]
+    parts = [plan_file(lm, [0]), DifferencePenalty(STRENGTH, norm=norm, relative=True, stop=4)]
     found = fitted_gradients(Plain(lm), parts, [padded()])
     assert all(gradient.isfinite().all() for gradient in found.values())
 
