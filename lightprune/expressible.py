@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GraniteConfig,
@@ -117,7 +118,7 @@ def check_expressible(anatomy: Anatomy, plan: PruningPlan) -> None:
 
 
 def check_stock(lm: PreTrainedModel) -> None:
-    """Refuse a model that no stock class can hold as it is, such as one with adapters in it.
+    """Refuse a model that no stock class can hold as it is; only warn of adapters, which may still be merged.
 
     Raises:
         ConfigError: the stock class has other parameters.
@@ -130,11 +131,15 @@ def check_stock(lm: PreTrainedModel) -> None:
     except Exception:  # a class that cannot be built without its weights: the export itself will judge
         return
     difference = _difference({name: whole_shape(parameter) for name, parameter in lm.named_parameters()}, stock)
-    if difference is not None:
-        raise ConfigError(
-            f"The model cannot be exported: {difference}; leave ExportHF out, or train a model that adds nothing to "
-            "its class (adapters can be merged before; LoRARecovery merges its own)."
-        )
+    if difference is None:
+        return
+    if any(hasattr(module, "base_layer") for module in lm.modules()):
+        rank_zero_warn(f"The model has adapters: unless they are merged by then, it cannot be exported ({difference}).")
+        return
+    raise ConfigError(
+        f"The model cannot be exported: {difference}; leave ExportHF out, or train a model that adds nothing to its "
+        "class."
+    )
 
 
 def _difference(ours: Mapping[str, torch.Size], stock: PreTrainedModel) -> str | None:

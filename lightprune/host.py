@@ -78,6 +78,8 @@ def shadow_method(owner: Any, name: str, replacement: Callable[..., Any]) -> Cal
         return replacement(original, *args, **kwargs)
 
     def restore() -> None:
+        if vars(owner).get(name) is not shadow:  # restored already
+            return
         if before is None:
             delattr(owner, name)
         else:

@@ -26,14 +26,15 @@ def check_eager(module: nn.Module) -> None:
             )
 
 
-def check_averages(module: nn.Module) -> None:
-    """Refuse averages of weights, which are copies of the uncut model.
+def check_averages(module: nn.Module, anatomy: Anatomy) -> None:
+    """Refuse averages of the LM's weights, which are copies of the uncut model.
 
     Raises:
         ConfigError: there is one in the module.
     """
+    layer = type(anatomy.layers[0])
     for name, child in module.named_modules():
-        if isinstance(child, AveragedModel):
+        if isinstance(child, AveragedModel) and any(type(inner) is layer for inner in child.modules()):
             raise ConfigError(
                 f"{name} is an AveragedModel: it keeps a copy of the uncut model and would average different layers "
                 "after the cut. Leave it out, or average in a run of its own."
@@ -59,7 +60,7 @@ def check_sliced(module: nn.Module, anatomy: Anatomy, structures: Iterable[Struc
     shared = {p: f"{name}.{key}" for name, child in outside.items() for key, p in child._parameters.items()}
     for weight in _sliced(anatomy, units):
         parameter = weight.parameter
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        if _hooked(parameter):
             raise ConfigError(
                 f"{weight.path} has hooks for its gradient, and the cut puts a smaller parameter in its place, of "
                 "which they would see nothing: remove them, or leave its structure out of the selectors' counts."
@@ -77,6 +78,12 @@ def _sliced(anatomy: Anatomy, units: set[Structure]) -> Iterator[Weight]:
     for weight in anatomy.weights():
         if any(run.unit in units for axis in weight.axes for run in axis or ()):
             yield weight
+
+
+def _hooked(parameter: nn.Parameter) -> bool:
+    """Whether a user's hooks wait for the parameter's gradient; deepspeed leaves its own behind after a fit."""
+    hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
+    return any(not str(getattr(hook, "__module__", "")).startswith("deepspeed") for hook in hooks)
 
 
 def _warn_of_readers(outside: dict[str, nn.Module], hidden: int) -> None:

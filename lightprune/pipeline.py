@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -57,7 +58,7 @@ class Part(Callback, ABC):
     stage: ClassVar[Stage]
     alters: ClassVar[bool] = False  # whether this changes what the model computes before the cut
     pipeline: "Pipeline"
-    trained_by: L.Trainer | None = None  # the trainer of the last fit that this has begun
+    shaped_by: "Pipeline | None" = None  # of the last fit, or evaluation of a checkpoint, that this has a state from
 
     @property
     def begins(self) -> int:
@@ -202,7 +203,7 @@ class Pipeline:
         self.cycles = cycles_of(self.selectors, self.cuts)
         self.engine = strategies.engine_of(trainer)
         self.anatomy: Anatomy
-        self.resumed = False  # whether the parts' states come from a checkpoint
+        self._restored: frozenset[str] = frozenset()  # the states of parts that come from a checkpoint
         self._evaluated: int | None = None  # the step of the checkpoint that is evaluated outside a fit
         self._unwrap: list[Callable[[], None]] = []
         self.weights = HeldWeights(module)
@@ -238,6 +239,11 @@ class Pipeline:
     def step(self) -> int:
         """Optimizer steps done; outside a fit, those of the checkpoint that is evaluated."""
         return self.trainer.global_step if self._evaluated is None else self._evaluated
+
+    @property
+    def resumed(self) -> bool:
+        """Whether parts have their states from a checkpoint."""
+        return bool(self._restored)
 
     @property
     def training(self) -> bool:
@@ -309,13 +315,16 @@ class Pipeline:
         """Refuse what only shows once data and optimizers are there, and still before the first step."""
         run_checks.check_run(self)
         for part in self.parts:
-            part.trained_by = self.trainer
+            part.shaped_by = self
 
     def evaluate(self) -> None:
         """Where a checkpoint is evaluated outside a fit, let the model compute what it did as that was saved."""
-        if self._evaluated is not None:
+        if self._evaluated is None:
+            return
+        undecided = [selector for selector in self.selectors if selector.plan is None and selector.stop <= self.step]
+        with torch.inference_mode(False):  # a fit may go on with what is made here
             for part in self.parts:
-                if part.alters:
+                if part.alters and part.state_key in self._restored and part not in undecided:
                     part.advance(self.step)
 
     def finish(self) -> None:
@@ -347,9 +356,10 @@ class Pipeline:
         shapes = [] if begun else expected_shapes(self.cycles, self.anatomy)
         for part in self.parts:
             part.check()
-        if self.cut is not None:
-            module_checks.check_averages(self.module)
-        doomed = {s for cycle in self.cycles if not cycle.done for part in cycle.selectors for s in part.structures}
+        ahead = [cycle for cycle in self.cycles if cycle.cut is not None and not cycle.done]
+        doomed = {structure for cycle in ahead for selector in cycle.selectors for structure in selector.structures}
+        if ahead:
+            module_checks.check_averages(self.module, self.anatomy)
         module_checks.check_sliced(self.module, self.anatomy, doomed)
         for shape in shapes[1:]:
             plan = PruningPlan.arriving_at(self.anatomy, shape)
@@ -380,11 +390,13 @@ class Pipeline:
         checkpoint = self.engine.load(original, self._restructure, checkpoint_path, *args, **kwargs)
         if not self.fitting:
             self._evaluated = checkpoint.get("global_step")
+            for part in self.parts:
+                part.shaped_by = self
         return checkpoint
 
     def _restructure(self, states: Mapping[str, Any]) -> None:
         run_checks.check_resume(self.parts, states)
-        self.resumed = any(part.state_key in states for part in self.parts)
+        self._restored = frozenset(part.state_key for part in self.parts if part.state_key in states)
         for part in self.parts:
             if part.state_key in states:
                 part.restructure(states[part.state_key])

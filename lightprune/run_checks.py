@@ -68,11 +68,13 @@ def check_resume(parts: "Sequence[Part]", states: Mapping[str, Any]) -> None:
 
 def _check_freshness(pipeline: "Pipeline") -> None:
     """Refuse callbacks that hold the state of another run, such as a plan, or a cut that this model never had."""
-    if not pipeline.resumed and any(part.trained_by not in (None, pipeline.trainer) for part in pipeline.parts):
+    before = {part.shaped_by for part in pipeline.parts if part.shaped_by is not None}
+    if not pipeline.resumed and any(not run.fitting or run.trainer is not pipeline.trainer for run in before):
         names = ", ".join(dict.fromkeys(type(part).__name__ for part in pipeline.parts))
         raise ConfigError(
-            f"The callbacks {names} have been in the fit of another trainer, and still hold what they saw there: make "
-            "new callbacks in trainer.callbacks for a new run, or resume from a checkpoint of theirs by `ckpt_path`."
+            f"The callbacks {names} have been in another trainer's fit, or have loaded a checkpoint, and still hold "
+            "what they saw there: make new callbacks in trainer.callbacks for a new run, or resume from a checkpoint "
+            "of theirs by `ckpt_path`."
         )
     executed = pipeline.executed
     if executed is not None and pipeline.anatomy.shape == executed.source != executed.shape:

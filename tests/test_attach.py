@@ -495,6 +495,24 @@ def test_a_checkpoint_is_evaluated_as_it_was_saved(parts: Any, stage: str, tmp_p
     assert len(saver.best_k_models) == 2
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda: [LayerGateSelector(drop=2, rounds=2, steps_per_round=2), GateAnnealing()],
+        lambda: [HardConcreteSelector(channels=32, stop=16)],
+        lambda: [HardConcreteSelector(channels=32, stop=6)],
+    ],
+    ids=["gates", "masks", "masks, decided"],
+)
+def test_a_checkpoint_of_a_run_without_pruning_is_evaluated_without(parts: Any, tmp_path: Any) -> None:
+    trainer = fit(Plain(), [], batches(8), 8)
+    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    expected = trainer.validate(trainer.lightning_module, batches(1), verbose=False)
+    again = trainer_for([*parts(), StructuredCut(at=18)], 20)
+    found = again.validate(Plain(), batches(1), ckpt_path=tmp_path / "dense.ckpt", verbose=False, weights_only=True)
+    assert found == expected
+
+
 @pytest.mark.parametrize("module", [Plain, Late])
 @pytest.mark.parametrize("at", [2, CUT + 1])
 def test_a_new_trainer_goes_on_from_a_checkpoint(

@@ -543,7 +543,7 @@ def test_callbacks_that_have_cut_another_model() -> None:
     parts = [RandomSelector(drop=2), StructuredCut(at=1, validate=False)]
     trainer = fit(Plain(), parts, batches(1), max_steps=1)
     fresh = NoStep()
-    with pytest.raises(ConfigError, match=r"in the fit of another trainer.*new callbacks"):
+    with pytest.raises(ConfigError, match=r"in another trainer's fit.*new callbacks"):
         fit(fresh, parts, batches(2), max_steps=2)
     trainer.fit_loop.epoch_loop.max_steps = 2
     with pytest.raises(ConfigError, match=r"has cut a model already.* still whole.*new callbacks"):
@@ -565,7 +565,7 @@ def test_callbacks_of_a_fit_that_broke_off(stop: int) -> None:
     with pytest.raises(RuntimeError, match="went down"):
         fit(Interrupted(), parts, batches(8), max_steps=8)
     with pytest.raises(
-        ConfigError, match=r"BlockInfluenceSelector, GateAnnealing, StructuredCut have been in .*another trainer"
+        ConfigError, match=r"BlockInfluenceSelector, GateAnnealing, StructuredCut have been in another trainer's fit"
     ):
         fit(NoStep(), parts, batches(8), max_steps=8)
 
@@ -574,8 +574,24 @@ def test_the_cut_module_in_another_fit_of_the_same_callbacks() -> None:
     """Recovery would count from a step that this fit does not have."""
     module, parts = Plain(), [RandomSelector(drop=2), StructuredCut(at=2, validate=False), Recovery(lr=0.1)]
     fit(module, parts, batches(3), max_steps=3)
-    with pytest.raises(ConfigError, match="have been in the fit of another trainer"):
+    with pytest.raises(ConfigError, match="have been in another trainer's fit"):
         fit(module, parts, batches(3), max_steps=3)
+
+
+def test_callbacks_that_have_evaluated_a_checkpoint(tmp_path: Any) -> None:
+    """They have its gates, and this model has its own weights."""
+
+    def parts() -> list[Callback]:
+        return [LayerGateSelector(drop=2, steps_per_round=3), StructuredCut(at=6)]
+
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+    fit(Plain(), [*parts(), saver], batches(8), 8, enable_checkpointing=True)
+    trainer = trainer_for(parts(), 8)
+    trainer.validate(Plain(), batches(1), ckpt_path=tmp_path / "step=2.ckpt", verbose=False, weights_only=True)
+    with pytest.raises(ConfigError, match="or have loaded a checkpoint, and still hold"):
+        trainer.fit(NoStep(), batches(8))
+    trainer.fit(Plain(), batches(8), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    assert trainer.global_step == 8
 
 
 def test_checkpoints_of_weights_alone(tmp_path: Any) -> None:
@@ -601,6 +617,11 @@ def test_an_average_of_the_weights_in_the_module() -> None:
         fit(Around(AveragedModel), parts, batches(2), 2)
 
 
+def test_an_average_of_something_else() -> None:
+    parts = [RandomSelector(drop=2), StructuredCut(at=1)]
+    fit(Beside(lambda lm: AveragedModel(nn.Linear(3, 3))), parts, batches(1), 1)
+
+
 def reader(lm: Any) -> nn.Module:
     head = nn.Linear(32, 256, bias=False)
     head.weight = lm.model.embed_tokens.weight
@@ -620,7 +641,8 @@ def test_hooks_for_the_gradient_of_what_is_sliced(register: str) -> None:
 
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight has hooks for its gradient"):
         fit(Around(watched), [MagnitudeUnitSelector(channels=32), StructuredCut(at=1)], batches(2), 2)
-    fit(Plain(Around(watched).lm), [RandomSelector(drop=1), StructuredCut(at=1)], batches(1), 1)  # stays as it is
+    for parts in ([RandomSelector(drop=1), StructuredCut(at=1)], [MagnitudeUnitSelector(channels=32)]):
+        fit(Beside(watched), parts, batches(1), 1)  # there it stays as it is
 
 
 def test_a_head_that_may_read_hidden_states() -> None:

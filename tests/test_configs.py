@@ -1,5 +1,8 @@
 """Every YAML in `configs/`: in the composition that it is meant for, it parses and all of its classes can be built."""
 
+import importlib
+import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,3 +149,34 @@ def test_holds_only_its_own_part(path: Path) -> None:
     """A part of a composition must not set what belongs to another."""
     if path.parent.name in SECTIONS:
         assert set(yaml.safe_load(path.read_text())) <= {SECTIONS[path.parent.name], "seed_everything"}
+
+
+def stated_defaults(path: Path) -> Iterator[tuple[type, str, str]]:
+    """The class, the argument, and the default that the comment above it states."""
+    owner, stated = "", None
+    for line in path.read_text().splitlines():
+        words = line.strip()
+        if words.lstrip("- ").startswith("class_path:"):
+            owner = words.partition("class_path:")[2].strip()
+        comment = re.search(r"default: (.+)\)$", words) if words.startswith("#") else None
+        if comment:
+            stated = comment[1]
+        elif stated is not None and not words.startswith("#"):
+            if owner.startswith("lightprune."):
+                module, _, name = owner.rpartition(".")
+                yield getattr(importlib.import_module(module), name), words.partition(":")[0], stated
+            stated = None
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_the_defaults_in_comments_are_those_of_the_classes(path: Path) -> None:
+    for owner, argument, stated in stated_defaults(path):
+        parameters = inspect.signature(owner).parameters
+        if argument in parameters:
+            default = parameters[argument].default
+            read = float(stated) if isinstance(default, float) else yaml.safe_load(stated)
+            assert read == default, (owner, argument)
+
+
+def test_some_comments_state_defaults() -> None:
+    assert len([entry for path in CONFIGS for entry in stated_defaults(path)]) > 50

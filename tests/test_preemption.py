@@ -192,3 +192,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
         for rank in ranks:
             rank.kill()
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_validation_after_the_fit_of_the_same_trainer(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = fit(Plain(), [PreemptionCheckpoint(), saver], batches(2), 2, enable_checkpointing=True)
+    trainer.validate(trainer.lightning_module, batches(1), verbose=False)
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(trainer.lightning_module, batches(2))
+    assert trainer.global_step == 4

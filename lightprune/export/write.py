@@ -116,7 +116,7 @@ def check_generation_config(lm: PreTrainedModel) -> None:
 def _saveable(config: GenerationConfig) -> GenerationConfig:
     """A copy without what has no effect and yet keeps `transformers` from saving, as in some models of the hub."""
     config = copy.deepcopy(config)
-    sampling = () if config.do_sample else _FOR_SAMPLING
+    sampling = () if config.do_sample or config.penalty_alpha else _FOR_SAMPLING
     beams = () if (config.num_beams or 1) > 1 else _FOR_BEAMS
     for name in (*sampling, *beams):
         setattr(config, name, None)

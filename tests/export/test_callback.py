@@ -129,14 +129,33 @@ class Untrained(Stranger):
 
 
 def test_what_could_not_be_exported_is_refused_before_training(tmp_path: Path) -> None:
-    adapted, contradictory = Untrained(), Untrained()
-    get_peft_model(adapted.net["inner"], LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ConfigError, match=r"parameters would not be those of a stock .*q_proj.*adapters can be merged"):
-        fit(adapted, ExportHF(str(tmp_path / "out")), tmp_path)
+    grown, contradictory = Untrained(), Untrained()
+    grown.net["inner"].register_parameter("scale", torch.nn.Parameter(torch.ones(())))
+    with pytest.raises(ConfigError, match=r"1 parameters would not be those of a stock LlamaForCausalLM .*scale: \[\]"):
+        fit(grown, ExportHF(str(tmp_path / "out")), tmp_path)
     contradictory.net["inner"].generation_config.num_return_sequences = 2
     with pytest.raises(ConfigError, match=r"generation_config cannot be saved \(.*num_return_sequences.*\): correct"):
         fit(contradictory, ExportHF(str(tmp_path / "out")), tmp_path)
     assert files_in(tmp_path) == {}
+
+
+class Adapted(Stranger):
+    """With adapters, which it merges after the last batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        get_peft_model(self.net["inner"], LoraConfig(target_modules=["q_proj"]))
+
+    def on_train_epoch_end(self) -> None:
+        for layer in self.net["inner"].model.layers:
+            layer.self_attn.q_proj.merge()
+            layer.self_attn.q_proj = layer.self_attn.q_proj.base_layer
+
+
+def test_adapters_may_still_be_merged(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="has adapters: unless they are merged by then, it cannot be exported"):
+        fit(Adapted(), ExportHF(str(tmp_path / "out")), tmp_path)
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 class Broken(Stranger):
