@@ -589,8 +589,8 @@ def test_callbacks_that_have_evaluated_a_checkpoint(tmp_path: Any) -> None:
     trainer = trainer_for(parts(), 8)
     trainer.validate(Plain(), batches(1), ckpt_path=tmp_path / "step=2.ckpt", verbose=False, weights_only=True)
     with pytest.raises(ConfigError, match="or have loaded a checkpoint, and still hold"):
-        trainer.fit(NoStep(), batches(8))
-    trainer.fit(Plain(), batches(8), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+        trainer.fit(NoStep(), batches(8), batches(1))
+    trainer.fit(Plain(), batches(8), batches(1), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
     assert trainer.global_step == 8
 
 

@@ -19,7 +19,7 @@ from tests.families import tiny_lm
 from tests.ports import free_ports
 from tests.resume_run import CUT, STEPS, Shuffled, callbacks_of, checkpoint_of
 from tests.test_resume import differences
-from tests.training import Plain, batches, trainer_for
+from tests.training import Plain, batches, fit, trainer_for
 
 ACCUMULATE = 2
 
