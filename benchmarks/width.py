@@ -113,6 +113,7 @@ def rows() -> Iterator[Row]:
             yield Row(f"{name}, DReSS annealed", name, annealing, cut=1.0)
             yield Row(f"{name}, DReSS annealed (a quarter), then recovery", name, annealing, cut=0.25)
             yield Row(f"{name}, DReSS proximal", name, proximal, cut=1.0)
+            yield Row(f"{name}, DReSS proximal (a quarter), then recovery", name, proximal, cut=0.25)
             yield Row(f"{name}, DReSS penalty", name, penalty, cut=1.0)
 
 
