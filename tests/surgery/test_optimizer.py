@@ -337,7 +337,9 @@ def test_optimizers_whose_state_is_rows_pass(optimizer: Callable[[Any], Optimize
 @pytest.mark.parametrize("name", ["Adagrad", "RMSprop", "Adafactor", "NAdam", "Adamax", "LBFGS"])
 def test_other_optimizers_are_refused_by_name(name: str) -> None:
     optimizer = getattr(torch.optim, name)([nn.Parameter(torch.ones(2, 2))])
-    with pytest.raises(ConfigError, match=rf"state of {name} through a cut in width: .* Adam, AdamW, SGD; .*`opt"):
+    with pytest.raises(
+        ConfigError, match=rf"state of {name} through a cut in width: .* Adam, AdamW, SGD, .*FusedAdam; .*`opt"
+    ):
         check_optimizer(optimizer)
 
 
