@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightprune.anatomy import Shape, Structure
+from lightprune.cycle import expected_shapes
 from lightprune.errors import ConfigError, check_number
 from lightprune.gates import Handle, remove_all
 from lightprune.pipeline import Part, Stage, Status
@@ -66,6 +67,12 @@ class Selector(Part):
     @abstractmethod
     def choose(self) -> PruningPlan:
         """The plan, with what was seen as its provenance; it need not be one that can be executed alone."""
+
+    def expected_source(self) -> Shape | None:
+        """The model's shape when this decides; None once a cut is made, for what was to be said of it has been said."""
+        if any(cycle.done for cycle in self.pipeline.cycles):
+            return None
+        return expected_shapes(self.pipeline.cycles, self.pipeline.anatomy)[self.cycle.index]
 
     def foresee(self) -> PruningPlan | None:
         """The plan, if it can be known without training; asked only of those that decide about layers."""

@@ -10,7 +10,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightprune.anatomy import STRUCTURES, Shape, Structure
-from lightprune.cycle import expected_shapes
 from lightprune.errors import ConfigError, check_number, is_whole
 from lightprune.host import logs_now
 from lightprune.pipeline import Status
@@ -152,10 +151,10 @@ class HardConcreteSelector(Selector):
 
     def check(self) -> None:
         super().check()
-        if any(cycle.done for cycle in self.pipeline.cycles):
-            return  # said when the run began; the model that the target speaks of is gone
+        source = self.expected_source()
+        if source is None:
+            return
         anatomy = self.pipeline.anatomy
-        source = expected_shapes(self.pipeline.cycles, anatomy)[self.cycle.index]
         target = self.target(source)
         for advice in serving_advice(source, target):
             rank_zero_warn(f"HardConcreteSelector: {advice}")

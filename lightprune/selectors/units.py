@@ -8,7 +8,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightprune.anatomy import Shape, Structure, Unit
-from lightprune.cycle import expected_shapes
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.scores import highest, highest_heads, of_groups, rounded, spread
@@ -73,9 +72,9 @@ class UnitSelector(Selector):
 
     def check(self) -> None:
         super().check()
-        if any(cycle.done for cycle in self.pipeline.cycles):
-            return  # said when the run began; the model that its counts speak of is gone
-        source = expected_shapes(self.pipeline.cycles, self.pipeline.anatomy)[self.cycle.index]
+        source = self.expected_source()
+        if source is None:
+            return
         target = self.target(source)
         if target == source:
             rank_zero_warn(f"{type(self).__name__} keeps all that the model has: its counts say what stays.")

@@ -323,6 +323,9 @@ def test_the_tokenizer_may_come_from_the_module_or_by_name(
         ({"block_size": 8.5}, "data.block_size is 8.5: it must be a whole number"),
         ({"validation": 0}, "data.validation is 0, but must be a share between 0 and 1, or a number of blocks from 1."),
         ({"validation": 1.0}, "data.validation is 1.0, but must be a share"),
+        ({"validation": "0.1"}, "data.validation is '0.1', but must be a share"),
+        ({"validation": True}, "data.validation is True, but must be a share"),
+        ({"weights": {"upper": 1, "lower": "1"}}, "data.weights.lower is '1', but must be 0 or a positive number."),
         (
             {"weights": {"upper": 1, "lower": 1, "x": 1}},
             "data.weights names 'x', but data.domains has only: upper, lower.",

@@ -153,6 +153,10 @@ def test_python_source_is_the_standard_library_up_to_its_limit() -> None:
         (Source(saved="x", streaming=True), "the source is 'saved', which is small enough: leave it out."),
         (Source(builtin="torah"), "is 'torah': it must be one of python-source, python-docs, bible, dialogue."),  # type: ignore[arg-type]
         (Source(files="x", max_blocks=0), "data.domains.d.max_blocks is 0: it must be at least 1, or null."),
+        (
+            Source(files="x", max_blocks=2.5),
+            "data.domains.d.max_blocks is 2.5: it must be a whole number, at least 1, or null.",
+        ),  # type: ignore[arg-type]
     ],
 )
 def test_settings_that_cannot_work_are_refused_unseen(source: Source, sentence: str) -> None:
