@@ -29,7 +29,8 @@ def engine_of(trainer: L.Trainer) -> Engine:
         )
     raise ConfigError(
         f"lightprune cannot prune under {type(trainer.strategy).__name__}: set trainer.strategy to auto (one device), "
-        "ddp (the model fits on each device) or lightprune.strategies.ExactDeepSpeedStrategy with stage 1, 2 or 3."
+        "ddp (the model fits on each device) or lightprune.strategies.ExactDeepSpeedStrategy with stage 1, 2 or 3 (its "
+        "training does not)."
     )
 
 
