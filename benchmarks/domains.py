@@ -130,7 +130,7 @@ def table(results: Results) -> Iterator[str]:
         worst = [max(by_domain.values()) for by_domain in excess]
         mean = [statistics.fmean(by_domain.values()) for by_domain in excess]
         each = " | ".join(f"{statistics.median(by_domain[name] for by_domain in excess):.3f}" for name in domains)
-        yield f"| {row} | {spread(worst, '{:.3f}'.format)} | {spread(mean, '{:.3f}'.format)} | {each} | {len(runs)} |"
+        yield f"| {row} | {spread(worst, nats)} | {spread(mean, nats)} | {each} | {len(runs)} |"
 
 
 def nats(value: float) -> str:

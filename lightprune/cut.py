@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 
 from lightprune.errors import ConfigError, check_number
 from lightprune.host import callbacks_of, run_validation
+from lightprune.module_checks import check_averages
 from lightprune.pipeline import Part, Stage
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
@@ -67,6 +68,7 @@ class StructuredCut(Part):
                 f"{type(averaging[0]).__name__} keeps a copy of the uncut model and would average different layers "
                 "after the cut: leave it out of trainer.callbacks, or average in a run of its own."
             )
+        check_averages(pipeline.module, pipeline.anatomy)
         for saver in pipeline.trainer.checkpoint_callbacks:
             if getattr(saver, "save_weights_only", False):
                 raise ConfigError(

@@ -161,13 +161,7 @@ class Part(Callback, ABC):
         if self._is_first:
             self.pipeline.evaluate()
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._is_first:
-            self.pipeline.evaluate()
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._is_first:
-            self.pipeline.evaluate()
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_first:
@@ -358,8 +352,6 @@ class Pipeline:
             part.check()
         ahead = [cycle for cycle in self.cycles if cycle.cut is not None and not cycle.done]
         doomed = {structure for cycle in ahead for selector in cycle.selectors for structure in selector.structures}
-        if ahead:
-            module_checks.check_averages(self.module, self.anatomy)
         module_checks.check_sliced(self.module, self.anatomy, doomed)
         for shape in shapes[1:]:
             plan = PruningPlan.arriving_at(self.anatomy, shape)

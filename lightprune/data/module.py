@@ -105,6 +105,8 @@ class TextDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.validation is {validation!r}, but must be a share between 0 and 1, or a number of blocks from 1."
             )
+        if is_whole(validation):
+            validation = int(validation)  # NumPy's, too, is a number of blocks and no share
         streaming = [name for name, source in domains.items() if source.streaming]
         if streaming and not isinstance(validation, int):
             raise ConfigError(

@@ -26,7 +26,7 @@ class LayerGateSelector(LayerSelector):
         start: the optimizer step at which the first round begins.
         lr: Adam's learning rate for the gates.
         l1: strength of the l1 penalty, lambda_1, against a loss in nats per token; the default is the paper's. Ten
-            times as much was measured worse (`benchmarks/depth.py`): it closes all gates alike.
+            times as much was measured worse (`benchmarks/depth.py`).
         placement: what a gate scales: "residual", the layer's branch X_in + s * (f(X_in) - X_in), so that a closed
             gate is the layer left out; or "output", the whole output s * X_out, as the paper draws it. There the last
             layer's gate is free to shrink, since the final norm undoes it, and must be protected.
