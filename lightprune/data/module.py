@@ -16,7 +16,7 @@ from lightprune.data.domains import Domain, open_domain, tokenize_domains
 from lightprune.data.loader import MixtureLoader
 from lightprune.data.mixture import MixtureSampler, check_weights
 from lightprune.data.readers import key_of
-from lightprune.data.sources import Source
+from lightprune.data.sources import Source, sources_of
 from lightprune.data.stream import TokenStream
 from lightprune.data.tokens import TokenCache, cache_root
 from lightprune.errors import ConfigError, check_number, is_finite, is_whole
@@ -51,7 +51,7 @@ class TextDataModule(LightningDataModule):
     Works the same with and without the Trainer's `use_distributed_sampler`.
 
     Args:
-        domains: The source of each domain, by name.
+        domains: The source of each domain, by name: a `Source`, or a plain dictionary with the same names.
         tokenizer: Hub id, directory, GGUF file or `pkg://` URI, or a tokenizer; None takes the `tokenizer` of the
             LightningModule.
         block_size: Tokens in a block, T.
@@ -97,10 +97,7 @@ class TextDataModule(LightningDataModule):
         super().__init__()
         # Nodes share the cache; by Lightning's default all of them would make it at once.
         self.prepare_data_per_node = False
-        if not domains:
-            raise ConfigError("data.domains is empty, but must name at least one domain.")
-        for name, source in domains.items():
-            source.check(name)
+        domains = sources_of(domains)
         check_number("data", "block_size", block_size, whole=True, least=2)  # one token predicts the next
         check_number("data", "batch_size", batch_size, whole=True, least=1)
         check_number("data", "num_workers", num_workers, whole=True, least=0)

@@ -324,6 +324,11 @@ def test_the_tokenizer_may_come_from_the_module_or_by_name(
     [
         ({"domains": {}}, "data.domains is empty, but must name at least one domain."),
         ({"domains": {"x": Source()}}, "data.domains.x wants exactly one of"),
+        ({"domains": {"x": {}}}, "data.domains.x wants exactly one of"),
+        ({"domains": {"x": {"file": "a"}}}, "data.domains.x.file is unknown: the keys of a domain are hub, saved, fi"),
+        ({"domains": {"x": "a.txt"}}, "data.domains.x is 'a.txt': it must be a Source, or a dictionary with some of"),
+        ({"domains": ["a.txt"]}, "data.domains is ['a.txt'], but must be a dictionary of sources by the domains' na"),
+        ({"domains": {1: {"files": "a"}}}, "data.domains has the name 1: a domain's name must be a text."),
         ({"block_size": 1}, "data.block_size is 1: it must be at least 2."),
         ({"batch_size": 0}, "data.batch_size is 0: it must be at least 1."),
         ({"num_workers": -1}, "data.num_workers is -1: it must be at least 0."),
@@ -369,6 +374,15 @@ def test_what_the_text_does_not_allow_is_refused_at_setup(texts: Path, tmp_path:
         data(texts, tokenizer=None).setup("fit")
     with pytest.raises(ConfigError, match=r"^data.domains.upper has 220 tokens, fewer than the 20 blocks of 11 that"):
         streams(texts, tmp_path, validation=20, block_size=11).setup("fit")
+
+
+def test_a_domain_may_be_a_plain_dictionary(texts: Path) -> None:
+    path = texts / "upper.txt"
+    sources = [Source(files=str(path), separator="|"), {"files": path, "separator": "|"}]
+    modules = [data(texts, domains={"d": source}) for source in sources]
+    assert modules[0].domains == modules[1].domains
+    modules[1].setup("fit")
+    assert modules[1].epochs_seen == {"d": 0.0}
 
 
 def test_a_missing_file_is_found_before_anything_is_tokenized(texts: Path, tmp_path: Path) -> None:
