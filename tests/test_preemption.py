@@ -172,28 +172,25 @@ def test_a_fit_outside_the_main_thread(tmp_path: Path, num_workers: int) -> None
 
 WINDOWS = """
 import os, signal, sys
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 for name in ("SIGUSR1", "sigwaitinfo", "pthread_sigmask"):
     delattr(signal, name)
 del os.EX_TEMPFAIL
 
-import lightning.fabric.plugins.environments.slurm
-import lightning.pytorch.trainer.connectors.signal_connector
-
-for module in (lightning.fabric.plugins.environments.slurm, lightning.pytorch.trainer.connectors.signal_connector):
-    module._IS_WINDOWS = True
-
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightprune.preemption import PreemptionCheckpoint, outlive_preemption
 from tests.training import Plain, Spy, batches, trainer_for
+
+assert PreemptionCheckpoint.SIGNALS == (signal.SIGTERM,)
+outlive_preemption(0)
+signal.SIGUSR1 = signal.Signals.SIGUSR1  # Lightning asks the platform, not the module
 
 def stop(trainer, module):
     if trainer.global_step == 2:
         os.kill(os.getpid(), signal.SIGTERM)
 
-outlive_preemption(0)
-callbacks = [ModelCheckpoint(sys.argv[1], save_last=True, save_top_k=0), PreemptionCheckpoint()]
-callbacks.append(Spy(stop, "on_after_backward"))
+saver = ModelCheckpoint(sys.argv[1], save_last=True, save_top_k=0)
+callbacks = [saver, PreemptionCheckpoint(), Spy(stop, "on_after_backward")]
 trainer_for(callbacks, max_steps=50, enable_checkpointing=True).fit(Plain(), batches(200))
 """
 
