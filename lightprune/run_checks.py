@@ -27,6 +27,7 @@ def check_run(pipeline: "Pipeline") -> None:
     _check_epochs(pipeline)
     _check_length(pipeline)
     _check_clipping(pipeline)
+    _check_training(pipeline)
     _check_optimizers(pipeline)
 
 
@@ -139,6 +140,19 @@ def _check_clipping(pipeline: "Pipeline") -> None:
             f"which Lightning does not combine under trainer.precision={trainer.precision}: set the optimizer's "
             "`fused` to false, or trainer.gradient_clip_val to null."
         )
+
+
+def _check_training(pipeline: "Pipeline") -> None:
+    """Refuse what acts through training where nothing trains; to select, cut and export needs no optimizer."""
+    if any(group["params"] for optimizer in pipeline.engine.optimizers for group in optimizer.param_groups):
+        return
+    for part in pipeline.parts:
+        if part.needs_training:
+            raise ConfigError(
+                f"{type(part).__name__} acts on weights that train, and {type(pipeline.module).__name__}."
+                "configure_optimizers gives nothing to train: return an optimizer there, or leave "
+                f"{type(part).__name__} out of trainer.callbacks."
+            )
 
 
 def _check_optimizers(pipeline: "Pipeline") -> None:

@@ -23,6 +23,7 @@ class Recovery(Part):
     """
 
     stage = Stage.RECOVER
+    needs_training = True
 
     def __init__(self, lr: float, warmup_steps: int = 0, decay: Decay = "constant", final_ratio: float = 0.1) -> None:
         self.lr = lr

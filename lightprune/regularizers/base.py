@@ -25,6 +25,7 @@ class Regularizer(Part):
     """
 
     stage = Stage.REGULARIZE
+    needs_training = True
     acts_on: ClassVar[frozenset[Structure]] = frozenset(STRUCTURES)
 
     def __init__(self, start: int | None, stop: int | None) -> None:
