@@ -144,7 +144,7 @@ def _check_clipping(pipeline: "Pipeline") -> None:
 
 def _check_training(pipeline: "Pipeline") -> None:
     """Refuse what acts through training where nothing trains; to select, cut and export needs no optimizer."""
-    if any(group["params"] for optimizer in pipeline.engine.optimizers for group in optimizer.param_groups):
+    if pipeline.engine.rates:
         return
     for part in pipeline.parts:
         if part.needs_training:
@@ -161,4 +161,4 @@ def _check_optimizers(pipeline: "Pipeline") -> None:
     cutting = [selector for cycle in ahead for selector in cycle.selectors]
     if any(selector.structures - {"layers"} for selector in cutting):
         for optimizer in pipeline.engine.optimizers:
-            check_optimizer(optimizer)
+            check_optimizer(optimizer, flat=pipeline.engine.flat)

@@ -22,11 +22,16 @@ _KNOWN_IN_DEEPSPEED = ("DeepSpeedCPUAdam", "FusedAdam")
 _SHAPES: Mapping[int, tuple[int, ...]] = {0: (), 1: (8192,), 2: (256, 384)}
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def check_optimizer(optimizer: Optimizer, *, flat: torch.device | None = None) -> None:
     """Refuse an optimizer whose state cannot be sliced with the parameters.
 
     The state of a parameter may have tensors of the parameter's own shape, and numbers. Where there is no state yet,
     a copy of the optimizer steps a parameter of no meaning once, with the options of each group, and shows its state.
+
+    Args:
+        optimizer: the user's own.
+        flat: the device of flat tensors that it steps in place of parameters, as under ZeRO, where its groups may be
+            empty between steps.
 
     Raises:
         ConfigError: the state is another one, or the copy cannot step.
@@ -44,7 +49,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         ]
         try:
             # On a resume, and in optimizers that begin with one, the state is there.
-            states = known or list(_tried_out(optimizer, group))
+            states = known or list(_tried_out(optimizer, group, flat))
         except Exception as error:  # whatever an optimizer of somebody else's raises
             reason = f"{type(error).__name__}: {error}".strip().split("\n")[0].rstrip(".")
             raise _refusal(name, f"a copy of it cannot step to show its state ({reason})") from error
@@ -91,9 +96,13 @@ def _in_words(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _tried_out(optimizer: Optimizer, group: dict[str, Any]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+def _tried_out(
+    optimizer: Optimizer, group: dict[str, Any], flat: torch.device | None
+) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
     """The state of a parameter of each number of dimensions in a group, after one step of a copy of the optimizer."""
-    models = {parameter.ndim: parameter for parameter in group["params"]}
+    models: dict[int, Tensor] = {parameter.ndim: parameter for parameter in group["params"]}
+    if not models and flat is not None:
+        models = {1: torch.zeros(1, device=flat)}
     for model in models.values():
         shape = _SHAPES.get(model.ndim, (*(range(2, model.ndim)), *_SHAPES[2]))
         stand_in = nn.Parameter(torch.ones(shape, dtype=model.dtype, device=model.device))

@@ -497,6 +497,15 @@ def test_other_optimizers_are_refused_by_name(make: Callable[[Any], Optimizer], 
         check_optimizer(optimizer)
 
 
+def test_an_optimizer_of_flat_tensors_is_tried_out_with_one() -> None:
+    """Under ZeRO its groups may be empty between steps."""
+    optimizer = InBlocks([nn.Parameter(torch.ones(2))])
+    optimizer.param_groups[0]["params"] = []
+    check_optimizer(optimizer)
+    with pytest.raises(ConfigError, match=r"its state 'absmax' is a Tensor \[32\]"):
+        check_optimizer(optimizer, flat=torch.device("cpu"))
+
+
 def test_an_optimizer_that_cannot_be_carried_is_refused_before_the_first_step() -> None:
     class NoStep(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
