@@ -6,7 +6,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from lightprune.errors import ConfigError, check_number
 from lightprune.host import callbacks_of, run_validation
@@ -74,13 +79,21 @@ class StructuredCut(Part):
                 "after the cut: leave it out of trainer.callbacks, or average in a run of its own."
             )
         check_averages(pipeline.module, pipeline.anatomy)
-        for saver in pipeline.trainer.checkpoint_callbacks:
-            if getattr(saver, "save_weights_only", False):
-                raise ConfigError(
-                    f"{type(saver).__name__}.save_weights_only is true, which leaves out the plan that the checkpoint "
-                    "of a cut model is loaded by: set it to false, or take the weights from an `ExportHF`."
-                )
+        savers = pipeline.trainer.checkpoint_callbacks
+        if savers and all(getattr(saver, "save_weights_only", False) for saver in savers):
+            raise ConfigError(
+                f"{type(savers[0]).__name__}.save_weights_only is true, which leaves out the plan that the checkpoint "
+                "of a cut model is loaded by: set it to false, add a ModelCheckpoint that saves everything, or take "
+                "the weights from an `ExportHF`."
+            )
         cycle = self.cycle
+        masking = [c for c in callbacks_of(pipeline.trainer) if isinstance(c, ModelPruning)]
+        structures = {structure for selector in cycle.selectors for structure in selector.structures} - {"layers"}
+        if masking and structures:
+            raise ConfigError(
+                f"{type(masking[0]).__name__} puts masks of the uncut sizes on the weights, which do not fit after a "
+                f"cut of {', '.join(sorted(structures))}: leave it out of trainer.callbacks, or cut layers only."
+            )
         if sum(cut.at == self.at for cut in pipeline.cuts) > 1:
             raise ConfigError(
                 f"There is more than one StructuredCut at step {self.at}: leave one of them in trainer.callbacks."

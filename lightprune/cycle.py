@@ -120,6 +120,18 @@ def cycles_of(selectors: "Sequence[Selector]", cuts: "Sequence[StructuredCut]") 
     return cycles
 
 
+def doomed_layers(selectors: "Sequence[Selector]", num_layers: int) -> Sequence[int]:
+    """The layers that may go: those of a plan that is known already, or else all that are not protected."""
+    deciding = [selector for selector in selectors if "layers" in selector.structures]
+    if not deciding:
+        return ()
+    plan = deciding[0].foresee() if len(deciding) == 1 and deciding[0].cycle.index == 0 else None
+    if plan is not None:
+        return plan.dropped_layers
+    first, last = (min(counts) for counts in zip(*(selector.protected for selector in deciding), strict=True))
+    return range(first, num_layers - last)
+
+
 def expected_shapes(cycles: Sequence[Cycle], anatomy: Anatomy) -> list[Shape]:
     """The model's shape before each cycle, and after the last.
 

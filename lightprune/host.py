@@ -44,16 +44,47 @@ def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
         if isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
     }
     named: str | None = getattr(module, "pruned_model", None)
-    if named is not None and named in found:
-        return named, found[named]
-    if len(found) != 1 or named is not None:
-        where = f" at {', '.join(sorted(found))}" if found else ""
+    for child in found.values():
+        if named is not None and _at(module, named) is child:  # it may have a second name
+            return named, child
+    there = " and ".join(sorted(found))
+    if named is not None and found:
         raise ConfigError(
-            f"{type(module).__name__} holds {len(found)} Hugging Face causal LMs{where}"
-            + (f", and its `pruned_model` is {named!r}" if named is not None else "")
-            + ": it must hold exactly one, or name the one to prune by its path in the attribute `pruned_model`."
+            f"{type(module).__name__}.pruned_model is {named!r}, and there is no Hugging Face causal LM of that name: "
+            f"set it to {there.replace(' and ', ' or ')}."
+        )
+    if not found:
+        raise ConfigError(_none_found(module))
+    if len(found) > 1:
+        raise ConfigError(
+            f"{type(module).__name__} holds {len(found)} Hugging Face causal LMs, at {there}: name the one to prune in "
+            f"the attribute `pruned_model`, such as `pruned_model = {min(found)!r}`."
         )
     return next(iter(found.items()))
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _none_found(module: nn.Module) -> str:
+    """Why a module holds no causal LM, and what would help."""
+    headless = {name: child for name, child in module.named_modules() if isinstance(child, PreTrainedModel)}
+    holds_none = f"{type(module).__name__} holds no Hugging Face causal LM"
+    if headless:
+        name, child = next(iter(headless.items()))
+        return (
+            f"{holds_none}, only a {type(child).__name__} without a language model's head at {name!r}: load it as "
+            "`AutoModelForCausalLM`, call its `base_model` where only hidden states are needed, and give those to the "
+            "head of your own."
+        )
+    return (
+        f"{holds_none} in its attributes: build one with `AutoModelForCausalLM` in `__init__`, `setup` or "
+        "`configure_model`."
+    )
 
 
 def check_causal_lm(lm: object, wanted_by: str) -> None:

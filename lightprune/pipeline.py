@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelPruning
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from lightprune import module_checks, run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
-from lightprune.cycle import Cycle, cycles_of, expected_shapes, place_cuts
+from lightprune.cycle import Cycle, cycles_of, doomed_layers, expected_shapes, place_cuts
 from lightprune.doors import Doors, HeldWeights
 from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics, shadow_method
@@ -60,6 +60,7 @@ class Part(Callback, ABC):
     stage: ClassVar[Stage]
     step_settings: ClassVar[tuple[str, ...]] = ()  # the settings that may be shares of the run (`lightprune.steps`)
     alters: ClassVar[bool] = False  # whether this changes what the model computes before the cut
+    needs_training: ClassVar[bool] = False  # whether this makes no sense without an optimizer
     pipeline: "Pipeline"
     shaped_by: "Pipeline | None" = None  # of the last fit, or evaluation of a checkpoint, that this has a state from
 
@@ -355,7 +356,7 @@ class Pipeline:
         self.anatomy = anatomy_of(lm)
         self._unwrap.append(self._doors.watch(self.anatomy.decoder).remove)
         if self.fitting:
-            module_checks.check_eager(self.module)
+            module_checks.check_eager(self.module, lm)
             if self.cut is None or not self.cut.done:
                 self._check()
 
@@ -369,13 +370,19 @@ class Pipeline:
             self._unwrap.pop()()
 
     def _check(self) -> None:
+        module_checks.check_no_adapters(self.module, self.lm)
         begun = any(cycle.done for cycle in self.cycles)  # then the shapes were checked when the run began
         shapes = [] if begun else expected_shapes(self.cycles, self.anatomy)
         for part in self.parts:
             part.check()
         ahead = [cycle for cycle in self.cycles if cycle.cut is not None and not cycle.done]
-        doomed = {structure for cycle in ahead for selector in cycle.selectors for structure in selector.structures}
-        module_checks.check_sliced(self.module, self.anatomy, doomed)
+        deciding = [selector for cycle in ahead for selector in cycle.selectors]
+        units = {structure for selector in deciding for structure in selector.structures} - {"layers"}
+        module_checks.check_packed(self.anatomy, units)
+        for selector in deciding:
+            if type(selector).fold is not Part.fold:
+                module_checks.check_packed_writers(self.anatomy, type(selector).__name__)
+        module_checks.check_sliced(self.module, self.anatomy, doomed_layers(deciding, self.anatomy.num_layers), units)
         for shape in shapes[1:]:
             plan = PruningPlan.arriving_at(self.anatomy, shape)
             plan.validate(self.anatomy)
@@ -420,10 +427,15 @@ class Pipeline:
 
 
 def _parts_last(callbacks: Sequence[Callback], parts: Sequence[Part]) -> list[Callback]:
-    """The callbacks in the order of their calls: strangers as they were, the parts, and at last what saves them all."""
+    """The callbacks in the order of their calls: strangers as they were, the parts, and at last what saves them all.
+
+    First of the strangers is Lightning's ModelPruning, which makes its masks permanent when training ends: whoever
+    exports the model then has to find plain weights.
+    """
     savers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
-    others = [callback for callback in callbacks if not isinstance(callback, (Part, Checkpoint))]
-    return [*others, *parts, *savers]
+    masking = [callback for callback in callbacks if isinstance(callback, ModelPruning)]
+    others = [callback for callback in callbacks if not isinstance(callback, (Part, Checkpoint, ModelPruning))]
+    return [*masking, *others, *parts, *savers]
 
 
 def _parts_of(trainer: L.Trainer) -> list[Part]:

@@ -27,6 +27,7 @@ def check_run(pipeline: "Pipeline") -> None:
     _check_epochs(pipeline)
     _check_length(pipeline)
     _check_clipping(pipeline)
+    _check_training(pipeline)
     _check_optimizers(pipeline)
 
 
@@ -141,10 +142,23 @@ def _check_clipping(pipeline: "Pipeline") -> None:
         )
 
 
+def _check_training(pipeline: "Pipeline") -> None:
+    """Refuse what acts through training where nothing trains; to select, cut and export needs no optimizer."""
+    if pipeline.engine.rates:
+        return
+    for part in pipeline.parts:
+        if part.needs_training:
+            raise ConfigError(
+                f"{type(part).__name__} acts on weights that train, and {type(pipeline.module).__name__}."
+                "configure_optimizers gives nothing to train: return an optimizer there, or leave "
+                f"{type(part).__name__} out of trainer.callbacks."
+            )
+
+
 def _check_optimizers(pipeline: "Pipeline") -> None:
     """Refuse optimizers whose state no cut in width that is still to come could slice."""
     ahead = [cycle for cycle in pipeline.cycles if cycle.cut is not None and not cycle.done]
     cutting = [selector for cycle in ahead for selector in cycle.selectors]
     if any(selector.structures - {"layers"} for selector in cutting):
         for optimizer in pipeline.engine.optimizers:
-            check_optimizer(optimizer)
+            check_optimizer(optimizer, flat=pipeline.engine.flat)

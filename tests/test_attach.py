@@ -1,6 +1,7 @@
 """The callbacks in strangers' modules: wherever the LM is, whatever they return, however they optimize."""
 
 import copy
+import csv
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,7 +10,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightprune import (
@@ -108,6 +110,23 @@ class Late(Plain):
             self.lm = tiny_lm()
 
 
+class InSetup(Late):
+    """Builds the LM in `setup`, and configures nothing later."""
+
+    def setup(self, stage: str) -> None:
+        super().configure_model()
+
+    def configure_model(self) -> None:
+        pass
+
+
+class AsTuples(Plain):
+    """Asks the LM for tuples."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.lm(**batch, use_cache=False, return_dict=False)[0]
+
+
 class Deep(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -149,13 +168,36 @@ class InADict(Plain):
         return {"loss": super().training_step(batch, batch_idx), "note": "not a tensor"}
 
 
-@pytest.mark.parametrize("module", [Late, Deep, WithTeacher, InADict])
+@pytest.mark.parametrize("module", [Late, InSetup, Deep, WithTeacher, InADict, AsTuples])
 def test_wherever_the_lm_is(module: type[Plain], reference: dict[str, Tensor]) -> None:
     assert_equal(run(module()), reference)
 
 
 def test_positional_arguments_no_labels_and_a_cache(reference: dict[str, Tensor]) -> None:
     assert_close(run(OwnLoss()), reference, rtol=1e-3, atol=1e-5)
+
+
+def test_frozen_layers_stay_frozen_and_as_they_are() -> None:
+    """Through every phase; with a filter on what trains, and without."""
+    ends = []
+    for filtered in (True, False):
+
+        def optimizer(parameters: Any, filtered: bool = filtered) -> Any:
+            return torch.optim.SGD([p for p in parameters if p.requires_grad or not filtered], lr=0.05)
+
+        module = Plain(optimizer=optimizer)
+        frozen = [*module.lm.model.embed_tokens.parameters(), *module.lm.model.layers[0].parameters()]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        before = [parameter.clone() for parameter in frozen]
+        cut, *others = everything()
+        with torch.random.fork_rng():
+            fit(module, [*others, cut], batches(STEPS), STEPS)
+        assert cut.plan is not None
+        assert all(torch.equal(old, new) for old, new in zip(before, frozen, strict=True))
+        assert not any(parameter.requires_grad for parameter in frozen)
+        ends.append(weights(module))
+    assert_equal(*ends)
 
 
 # What configure_optimizers returns.
@@ -223,6 +265,28 @@ def test_filter_on_requires_grad_sees_all_weights(reference: dict[str, Tensor]) 
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
     assert_equal(run(Stranger()), reference)
+
+
+def test_two_checkpoints_and_a_monitor_of_the_rate_beside_it(tmp_path: Any) -> None:
+    """The best of each and the rate at every step, as without pruning."""
+    savers = [
+        ModelCheckpoint(tmp_path / "steps", "{step}", every_n_train_steps=3, save_top_k=-1),
+        ModelCheckpoint(tmp_path / "best", "{step}", monitor="val/loss", save_last=True),
+    ]
+    logger = CSVLogger(tmp_path)
+    parts = [*savers, LearningRateMonitor("step"), *everything()[:-1]]
+    fit(
+        Plain(scheduler=cosine), parts, batches(STEPS), STEPS, logger=logger, enable_checkpointing=True,
+        log_every_n_steps=1,
+    )  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "steps").iterdir()) == ["step=3.ckpt", "step=6.ckpt", "step=9.ckpt"]
+    assert (tmp_path / "best" / "last.ckpt").exists()
+    logger.save()
+    with open(logger.experiment.metrics_file_path) as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["lr-SGD"]) for row in rows if row.get("lr-SGD")]
+    assert len(rates) == STEPS
+    assert rates == sorted(rates, reverse=True)
 
 
 # Manual optimization.

@@ -132,10 +132,10 @@ def test_find_causal_lm() -> None:
     assert find_causal_lm(lm) == ("", lm)
     backbone = nn.Module()
     backbone.add_module("model", lm.model)  # a model without a head is no causal LM
-    with pytest.raises(ConfigError, match="holds 0"):
+    with pytest.raises(ConfigError, match="holds no Hugging Face causal LM"):
         find_causal_lm(backbone)
     module.add_module("teacher", tiny_lm())
-    with pytest.raises(ConfigError, match=r"holds 2 .* at a.b, teacher"):
+    with pytest.raises(ConfigError, match=r"holds 2 .* at a.b and teacher"):
         find_causal_lm(module)
     module.pruned_model = "teacher"
     assert find_causal_lm(module)[0] == "teacher"

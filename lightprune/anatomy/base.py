@@ -245,7 +245,7 @@ class Anatomy:
         """Every module inside the layers that writes to the residual stream."""
         for index, layer in enumerate(self.layers):
             for path, names in self.family.writers.items():
-                module = _module_at(layer, path)
+                module = module_at(layer, path)
                 if module is not None:
                     is_norm = len(self.family.weights.get(path, (None, None))) == 1
                     yield Writer(module, index, names, self.family.norm_offset if is_norm else 0.0)
@@ -271,7 +271,7 @@ def shape_of(config: PretrainedConfig, family: Family) -> Shape:
     )
 
 
-def _module_at(root: nn.Module, path: str) -> nn.Module | None:
+def module_at(root: nn.Module, path: str) -> nn.Module | None:
     """The submodule at a dotted path; None if there is none."""
     module: Any = root
     for name in path.split("."):
@@ -281,6 +281,6 @@ def _module_at(root: nn.Module, path: str) -> nn.Module | None:
 
 def _sites(root: nn.Module, table: Mapping[str, Axes], prefix: str, layer: int | None) -> Iterator[Site]:
     for path, axes in table.items():
-        module = _module_at(root, path)
+        module = module_at(root, path)
         if module is not None:
             yield Site(module, prefix + path, layer, axes)

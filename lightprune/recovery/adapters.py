@@ -107,6 +107,7 @@ class Adapters:
         self._leave()
 
     def _leave(self) -> None:
+        vars(self._stack).pop("peft_config", None)  # what `peft` leaves behind on the list of layers
         self._thaw()
         if self._checkpointing:
             self._lm.disable_input_require_grads()  # type: ignore[no-untyped-call]

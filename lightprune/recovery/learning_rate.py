@@ -26,6 +26,7 @@ class Recovery(Part):
     stage = Stage.RECOVER
     step_settings = ("warmup_steps",)
     warmup_steps: int
+    needs_training = True
 
     def __init__(self, lr: float, warmup_steps: Steps = 0, decay: Decay = "constant", final_ratio: float = 0.1) -> None:
         self.lr = lr

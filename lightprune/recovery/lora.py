@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from torch.optim import Optimizer
 
+from lightprune.anatomy.base import module_at
 from lightprune.errors import ConfigError, check_number
+from lightprune.module_checks import packed_in
 from lightprune.pipeline import Part, Stage
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class LoRARecovery(Part):
     """
 
     stage = Stage.RECOVER
+    needs_training = True
 
     def __init__(
         self,
@@ -83,7 +86,20 @@ class LoRARecovery(Part):
             raise ConfigError(
                 "LoRARecovery begins at the cut, and there is none: add a StructuredCut to trainer.callbacks."
             )
-        self._targets()
+        self._check_plain(self._targets())
+
+    def _check_plain(self, targets: Sequence[str]) -> None:
+        """Refuse adapters on packed weights, into which nothing can be merged."""
+        for layer in self.pipeline.anatomy.layers:
+            for path in targets:
+                module = module_at(layer, path)
+                packed = None if module is None else packed_in(module)
+                if packed is not None:
+                    raise ConfigError(
+                        f"LoRARecovery.target_modules has {path}, which is quantized (it has {packed}), and adapters "
+                        "cannot be merged into packed weights: load the model without quantization, or name "
+                        "projections that are not quantized."
+                    )
 
     def advance(self, step: int) -> None:
         cut = self.pipeline.cut

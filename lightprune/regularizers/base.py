@@ -30,6 +30,7 @@ class Regularizer(Part):
     step_settings = ("start", "stop")
     start: int | None
     stop: int | None
+    needs_training = True
     acts_on: ClassVar[frozenset[Structure]] = frozenset(STRUCTURES)
 
     def __init__(self, start: Steps | None, stop: Steps | None) -> None:

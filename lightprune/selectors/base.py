@@ -71,6 +71,11 @@ class Selector(Part):
     def choose(self) -> PruningPlan:
         """The plan, with what was seen as its provenance; it need not be one that can be executed alone."""
 
+    @property
+    def protected(self) -> tuple[int, int]:
+        """How many of the first and of the last layers cannot go, whatever is decided."""
+        return 0, 0
+
     def expected_source(self) -> Shape | None:
         """The model's shape when this decides; None once a cut is made, for what was to be said of it has been said."""
         if any(cycle.done for cycle in self.pipeline.cycles):
@@ -176,6 +181,10 @@ class LayerSelector(Selector):
     @abstractmethod
     def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         """The layers to drop, and what was seen, for the plan's provenance: plain JSON values."""
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        return self.protect_first, self.protect_last
 
     @property
     def candidates(self) -> list[int]:

@@ -172,6 +172,11 @@ class Engine(ABC):
         return checkpoint
 
     @property
+    def flat(self) -> torch.device | None:
+        """The device of the flat tensors that the optimizers step in place of parameters; None where there are none."""
+        return None
+
+    @property
     def rates(self) -> dict[nn.Parameter, float]:
         """The learning rate of every parameter that an optimizer trains."""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]

@@ -236,6 +236,11 @@ class DeepSpeed(Engine):
             return original(path, weights_only)
 
     @property
+    def flat(self) -> torch.device:
+        offloads = "offload_optimizer" in (self.strategy.config or {}).get("zero_optimization", {})
+        return torch.device("cpu") if offloads else cast(torch.device, self.strategy.root_device)
+
+    @property
     def rates(self) -> dict[nn.Parameter, float]:
         (optimizer,) = self.optimizers
         groups = zip(zero.groups_of(self._zero), optimizer.param_groups, strict=True)

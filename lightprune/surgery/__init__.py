@@ -2,7 +2,8 @@
 
 from lightprune.surgery.expected import expected_parameters
 from lightprune.surgery.model import Rows, cut_model, kept_rows, sliced
-from lightprune.surgery.optimizer import check_optimizer, drop_empty_groups, remove_parameters, replace_parameter
+from lightprune.surgery.optimizer import drop_empty_groups, remove_parameters, replace_parameter
+from lightprune.surgery.optimizer_check import check_optimizer
 from lightprune.surgery.shapes import resulting_parameters, resulting_shapes
 
 __all__ = [

@@ -113,13 +113,12 @@ def _restate(site: Site, shape: Shape) -> None:
 
 
 def _cut_depth(anatomy: Anatomy, plan: PruningPlan) -> None:
+    """Edit the list of layers in place: other names for it, and what other tools keep on it, stay valid."""
     layers = anatomy.layers
-    parent_path, _, name = anatomy.family.layers.rpartition(".")
-    kept = nn.ModuleList(layers[i] for i in plan.kept_layers)
-    kept.training = layers.training  # not `train()`: the layers keep modes of their own
+    for index in reversed(plan.dropped_layers):
+        del layers[index]
     for new, old in enumerate(plan.kept_layers):
-        _renumber(anatomy, kept[new], old, new)
-    setattr(anatomy.lm.get_submodule(parent_path), name, kept)
+        _renumber(anatomy, layers[new], old, new)
 
 
 def _renumber(anatomy: Anatomy, layer: nn.Module, old: int, new: int) -> None:

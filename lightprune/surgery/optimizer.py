@@ -6,15 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
 
-from lightprune.errors import ConfigError
 from lightprune.surgery.model import Rows, sliced
-
-# Optimizers that keep, for each parameter, tensors of its own shape and numbers, and nothing that mixes its entries.
-ELEMENTWISE = (Adam, AdamW, SGD)
-# The same of deepspeed, which need not be installed: by name.
-ELEMENTWISE_IN_DEEPSPEED = ("DeepSpeedCPUAdam", "FusedAdam")
 
 # What PyTorch's schedulers keep one entry of for every parameter group.
 _PER_GROUP_LISTS = (
@@ -26,20 +20,6 @@ _PER_GROUP_LISTS = (
     "base_momentums",
     "max_momentums",
 )
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose state cannot be sliced with the parameters.
-
-    Raises:
-        ConfigError: it is none of those that can be.
-    """
-    if not isinstance(optimizer, ELEMENTWISE) and type(optimizer).__name__ not in ELEMENTWISE_IN_DEEPSPEED:
-        allowed = ", ".join([*(kind.__name__ for kind in ELEMENTWISE), *ELEMENTWISE_IN_DEEPSPEED])
-        raise ConfigError(
-            f"lightprune cannot carry the state of {type(optimizer).__name__} through a cut in width: it can that of "
-            f"{allowed}; choose one of them in the module's `optimizer`, or cut layers only."
-        )
 
 
 def replace_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, rows: Rows) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.ports import free_ports
-from tests.strategies.runs import CASES, OFFLOADED, STRATEGIES, WORLD, run
+from tests.strategies.runs import CASES, FINDING, OFFLOADED, STRATEGIES, WORLD, run
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 600.0
@@ -62,7 +62,7 @@ class Pair:
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two processes that run everything in `CASES` under everything in `STRATEGIES`."""
-    pair = Pair(tmp_path_factory.mktemp("pair"), STRATEGIES + OFFLOADED, tuple(CASES))
+    pair = Pair(tmp_path_factory.mktemp("pair"), (*STRATEGIES, *OFFLOADED, FINDING), tuple(CASES))
     yield pair
     pair.close()
 

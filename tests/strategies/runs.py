@@ -25,6 +25,7 @@ SELECT, CUT, STEPS = 4, 7, 10
 WORLD = 2
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 OFFLOADED = ("zero2 offload", "zero3 offload")
+FINDING = "ddp find unused"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -101,7 +102,7 @@ CASES |= HALF
 
 # What is run under what; half precision under DDP has nothing to be compared with, and a CPU no loss scale there.
 RUNS = [(s, name) for s in STRATEGIES for name in CASES if s != "ddp" or name not in HALF]
-RUNS += [(s, "annealed, accumulating 2") for s in OFFLOADED]
+RUNS += [(s, "annealed, accumulating 2") for s in (*OFFLOADED, FINDING)]
 
 
 class Record(Callback):
@@ -266,8 +267,8 @@ def data_of(case: Case, folder: Path, rank: int, world: int) -> dict[str, Any]:
 
 def strategy_of(name: str, **settings: Any) -> Any:
     """Lightning's strategy of a name among `STRATEGIES` and `OFFLOADED`."""
-    if name == "ddp":
-        return DDPStrategy(**settings)
+    if name.startswith("ddp"):
+        return DDPStrategy(**({"find_unused_parameters": True} if name == FINDING else {}), **settings)
     from lightprune.strategies.exact import CPUDeepSpeedStrategy
 
     zero: dict[str, Any] = {

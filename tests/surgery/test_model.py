@@ -202,3 +202,31 @@ def test_models_built_from_the_same_config_stay_whole(name: str) -> None:
 def test_training_mode_stays(training: bool) -> None:
     lm = tiny_lm("llama").train(training)
     assert all(module.training is training for module in cut_copy(lm, [1]).modules())
+
+
+@family
+def test_the_list_of_layers_is_edited_in_place(name: str) -> None:
+    """Whoever holds it, or keeps something on it, goes on with what is left of it."""
+    lm = tiny_lm(name)
+    layers = layers_of(lm, name)
+    layers.mark = "somebody's"  # type: ignore[assignment]
+    kept = [layer for index, layer in enumerate(layers) if index not in (1, 3)]
+    anatomy = anatomy_of(lm)
+    cut_model(anatomy, PruningPlan.dropping(anatomy, [1, 3]))
+    assert layers_of(lm, name) is layers
+    assert layers.mark == "somebody's"
+    assert [*layers] == kept
+    assert [*layers._modules] == [str(index) for index in range(NUM_LAYERS - 2)]
+
+
+def test_a_profiler_sees_the_cut_through() -> None:
+    """DeepSpeed's keeps its counts on every module, and asks the list of layers for them when it ends."""
+    profiling = pytest.importorskip("deepspeed.profiling.flops_profiler")
+    lm = tiny_lm("llama")
+    profiler = profiling.FlopsProfiler(lm)
+    profiler.start_profile()
+    cut_model(anatomy_of(lm), PruningPlan.dropping(anatomy_of(lm), [1, 3]))
+    lm(**left_padded())
+    profiler.stop_profile()
+    assert profiler.get_total_flops() > 0
+    profiler.end_profile()

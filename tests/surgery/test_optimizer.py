@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from lightprune import ConfigError, PlanFromFile, PruningPlan, RandomSelector, StructuredCut
+from lightprune import ConfigError, PlanFromFile, PruningPlan, RandomSelector, RandomUnitSelector, StructuredCut
 from lightprune.anatomy import anatomy_of
 from lightprune.surgery import check_optimizer, cut_model, remove_parameters, replace_parameter
 from tests.families import combinations_of, random_plan, tiny_lm
@@ -63,6 +63,42 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "amsgrad": lambda groups: torch.optim.Adam(groups, lr=2e-3, amsgrad=True, foreach=True),
     "adam fused": lambda groups: torch.optim.Adam(groups, lr=2e-3, fused=True),
     "sgd momentum": lambda groups: torch.optim.SGD(groups, lr=2e-3, momentum=0.9, nesterov=True),
+}
+
+
+class Lion(Optimizer):
+    """arXiv 2302.06675, as its authors give it: the kind of optimizer that no list can name."""
+
+    def __init__(self, params: Any, lr: float = 1e-4) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in filter(lambda p: p.grad is not None, group["params"]):
+                state = self.state[parameter]
+                average = state.setdefault("exp_avg", torch.zeros_like(parameter))
+                update = average.lerp(parameter.grad, 1 - group["betas"][0]).sign_()
+                parameter.add_(update, alpha=-group["lr"])
+                average.lerp_(parameter.grad, 1 - group["betas"][1])
+        return loss
+
+
+# All others of PyTorch's whose state is of the parameters' shapes, and one of a stranger's.
+OTHERS: dict[str, Callable[[Any], Optimizer]] = {
+    "adamax": lambda groups: torch.optim.Adamax(groups, lr=2e-3),
+    "nadam": lambda groups: torch.optim.NAdam(groups, lr=2e-3),
+    "radam": lambda groups: torch.optim.RAdam(groups, lr=2e-3),
+    "adagrad": lambda groups: torch.optim.Adagrad(groups, lr=2e-3),
+    "adadelta": lambda groups: torch.optim.Adadelta(groups, lr=0.5),
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=2e-4, momentum=0.9, centered=True),
+    "rprop": lambda groups: torch.optim.Rprop(groups, lr=2e-4),
+    "asgd": lambda groups: torch.optim.ASGD(groups, lr=2e-3, t0=2),
+    "lion": lambda groups: Lion(groups, lr=1e-3),
 }
 
 
@@ -163,6 +199,7 @@ def by_hand(
 
 CASES = [
     *[(optimizer, layer_groups, "cosine") for optimizer in OPTIMIZERS],
+    *[(optimizer, decay_groups, None) for optimizer in OTHERS],
     *[("adamw", layer_groups, scheduler) for scheduler in SCHEDULERS if scheduler != "cosine"],
     ("adamw", one_group, None),
     ("adamw", decay_groups, "one cycle"),
@@ -179,12 +216,12 @@ def test_fit_through_the_cut_is_the_loop_by_hand(
     data = batches(BEFORE + AFTER)
     schedule = SCHEDULERS[scheduler] if scheduler else None
     plan = plan_for(lm, width)
-    expected, expected_state = by_hand(lm, data, plan, grouping, OPTIMIZERS[optimizer], schedule)
+    expected, expected_state = by_hand(lm, data, plan, grouping, (OPTIMIZERS | OTHERS)[optimizer], schedule)
     plan.save(tmp_path / "plan.json")
 
     class Grouped(Plain):
         def configure_optimizers(self) -> Any:
-            self.make_optimizer = lambda _: OPTIMIZERS[optimizer](grouping(list(self.lm.named_parameters())))
+            self.make_optimizer = lambda _: (OPTIMIZERS | OTHERS)[optimizer](grouping(list(self.lm.named_parameters())))
             return super().configure_optimizers()
 
     module = Grouped(lm, scheduler=schedule)
@@ -202,6 +239,54 @@ def test_fit_through_the_cut_is_the_loop_by_hand(
         state = inner.state[parameter]
         assert state.keys() == expected_state[name].keys()
         assert all(torch.equal(torch.as_tensor(state[k]), torch.as_tensor(expected_state[name][k])) for k in state)
+
+
+def test_muon_beside_adamw_goes_through_the_cut(tmp_path: Any) -> None:
+    """Its matrices' momentum is sliced; two optimizers are stepped by hand."""
+    lm = tiny_lm("llama_tied")
+    data, plan = batches(BEFORE + AFTER), plan_for(lm, width=True)
+
+    def make(model: Any) -> list[Optimizer]:
+        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+        others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+        return [torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(others, lr=1e-3)]
+
+    def steps(model: Any, optimizers: list[Optimizer], batches: Any) -> None:
+        for batch in batches:
+            model.zero_grad()
+            model(**batch, use_cache=False).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    twin = copy.deepcopy(lm)
+    optimizers = make(twin)
+    steps(twin, optimizers, data[:BEFORE])
+    smaller = cut_by_hand(twin, plan)
+    fresh = make(smaller)
+    for name, parameter in smaller.named_parameters():
+        old = twin.get_parameter(old_name(name))
+        before, after = next((o, f) for o, f in zip(optimizers, fresh, strict=True) if old in o.state)
+        after.state[parameter] = state_by_hand(old_name(name), before.state[old], plan)
+    steps(smaller, fresh, data[BEFORE:])
+
+    class Two(Plain):
+        def __init__(self) -> None:
+            super().__init__(lm)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            self.lm.zero_grad()
+            self.manual_backward(self.lm(**batch, use_cache=False).loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return make(self.lm)
+
+    plan.save(tmp_path / "plan.json")
+    fit(Two(), [PlanFromFile(str(tmp_path / "plan.json")), StructuredCut(at=2 * BEFORE)], data, 2 * (BEFORE + AFTER))
+    expected = dict(smaller.named_parameters())
+    assert [name for name, p in lm.named_parameters() if not torch.equal(p, expected[name])] == []
 
 
 @pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "lambda"])
@@ -270,7 +355,7 @@ LAYOUTS = ["llama_tied", "phi3", "olmo2", "opt", "opt_projected", "gpt2", "gpt_n
 )
 def test_moments_go_with_their_rows(name: str, optimizer: str) -> None:
     lm = tiny_lm(name)
-    inner = trained(lm, OPTIMIZERS[optimizer], 3)
+    inner = trained(lm, (OPTIMIZERS | OTHERS)[optimizer], 3)
     plan = random_plan(anatomy_of(lm), combinations_of(lm)[-1], random.Random(name))
     removed = [parameter for index in plan.dropped_layers for parameter in anatomy_of(lm).layers[index].parameters()]
     before = {
@@ -329,18 +414,109 @@ def test_frozen_and_foreign_parameters_are_no_trouble() -> None:
     assert set(inner.state) == set(lm.model.layers[1].parameters())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_optimizers_whose_state_is_rows_pass(optimizer: Callable[[Any], Optimizer]) -> None:
-    check_optimizer(optimizer([nn.Parameter(torch.ones(2))]))
+ALLOWED = OPTIMIZERS | OTHERS | {"sgd": lambda groups: torch.optim.SGD(groups, lr=0.1)}
 
 
-@pytest.mark.parametrize("name", ["Adagrad", "RMSprop", "Adafactor", "NAdam", "Adamax", "LBFGS"])
-def test_other_optimizers_are_refused_by_name(name: str) -> None:
-    optimizer = getattr(torch.optim, name)([nn.Parameter(torch.ones(2, 2))])
-    with pytest.raises(
-        ConfigError, match=rf"state of {name} through a cut in width: .* Adam, AdamW, SGD, .*FusedAdam; .*`opt"
-    ):
+@pytest.mark.parametrize("optimizer", ALLOWED.values(), ids=ALLOWED)
+def test_optimizers_whose_state_has_the_parameters_shapes_pass(optimizer: Callable[[Any], Optimizer]) -> None:
+    """Whether they have stepped or not, and asking them changes nothing."""
+    parameters = [nn.Parameter(torch.rand(*shape)) for shape in ((6, 4), (4,), (2, 3, 4))]
+    asked = optimizer([{"params": parameters[:2], "lr": 0.3}, {"params": parameters[2:]}])
+    before, generator = copy.deepcopy(asked.state_dict()), torch.get_rng_state()
+    check_optimizer(asked)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert str(asked.state_dict()) == str(before)
+    assert all(parameter.grad is None for parameter in parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    asked.step()
+    check_optimizer(asked)
+
+
+def test_muon_passes_for_its_matrices() -> None:
+    check_optimizer(torch.optim.Muon([nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(4, 4))], lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("package", "make"),
+    [
+        ("schedulefree", lambda m, p: m.AdamWScheduleFree(p, lr=0.1)),
+        ("schedulefree", lambda m, p: m.SGDScheduleFree(p, lr=0.1)),
+        ("lion_pytorch", lambda m, p: m.Lion(p)),
+    ],
+)
+def test_optimizers_of_others_pass(package: str, make: Any) -> None:
+    check_optimizer(make(pytest.importorskip(package), [nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(4))]))
+
+
+class Wrapper(Optimizer):
+    """Around another optimizer, as sharpness-aware and look-ahead ones are."""
+
+    def __init__(self, params: Any) -> None:
+        self.inner = torch.optim.SGD(params, lr=0.1)
+        super().__init__(self.inner.param_groups, {})
+
+
+class InBlocks(Optimizer):
+    """Keeps a number for each 256 of a large parameter, and leaves small ones alone: 8-bit optimizers do so."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.numel() >= 4096:
+                self.state[parameter]["absmax"] = parameter.grad.view(-1, 256).abs().amax(1)
+
+
+class History(Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter].setdefault("gradients", []).append(parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (torch.optim.Adafactor, r"its state 'row_var' is a Tensor \[256, 1\] for a parameter \[256, 384\]"),
+        (torch.optim.LBFGS, r"it keeps parameters outside of its groups, in `_params`"),
+        (torch.optim.SparseAdam, r"a copy of it cannot step to show its state \(RuntimeError: "),
+        (Wrapper, r"it wraps another optimizer, SGD"),
+        (InBlocks, r"its state 'absmax' is a Tensor \[384\]"),
+        (History, r"its state 'gradients' is a list"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*_params")
+def test_other_optimizers_are_refused_by_name(make: Callable[[Any], Optimizer], reason: str) -> None:
+    optimizer = make([nn.Parameter(torch.ones(2, 2))])
+    name = type(optimizer).__name__
+    with pytest.raises(ConfigError, match=rf"state of {name} through a cut in width, since {reason}.*`optimizer`"):
         check_optimizer(optimizer)
+
+
+def test_an_optimizer_of_flat_tensors_is_tried_out_with_one() -> None:
+    """Under ZeRO its groups may be empty between steps."""
+    optimizer = InBlocks([nn.Parameter(torch.ones(2))])
+    optimizer.param_groups[0]["params"] = []
+    check_optimizer(optimizer)
+    with pytest.raises(ConfigError, match=r"its state 'absmax' is a Tensor \[32\]"):
+        check_optimizer(optimizer, flat=torch.device("cpu"))
+
+
+def test_an_optimizer_that_cannot_be_carried_is_refused_before_the_first_step() -> None:
+    class NoStep(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise AssertionError("training began")
+
+    parts = [RandomUnitSelector(channels=32), StructuredCut(at=1, validate=False)]
+    with pytest.raises(ConfigError, match="state of Adafactor through a cut in width"):
+        fit(NoStep(optimizer=torch.optim.Adafactor), parts, batches(2), 2)
+    module = Plain(optimizer=torch.optim.Adafactor)
+    fit(module, [RandomSelector(drop=2), StructuredCut(at=1, validate=False)], batches(3), 3)
+    assert len(module.lm.model.layers) == 4
 
 
 @pytest.mark.parametrize(
