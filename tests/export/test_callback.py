@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lightprune.cli import PruningTrainer
 from lightprune.cut import StructuredCut
 from lightprune.errors import ConfigError, ExportError
 from lightprune.export import ExportHF, tokenizer_of
@@ -21,7 +22,7 @@ from lightprune.report import RunReport
 from lightprune.selectors import RandomSelector
 from tests.export.models import files_in, word_tokenizer
 from tests.families import tiny_lm
-from tests.training import Plain, batches
+from tests.training import Plain, batches, trainer_for
 from tests.training import fit as fit_plain
 
 
@@ -405,3 +406,43 @@ def test_a_cut_alone_cares_for_no_stock_class(tmp_path: Path) -> None:
     lm.register_buffer("tokens_seen", torch.zeros(1))
     fit_plain(Plain(lm), [RandomSelector(drop=1), StructuredCut(at=1)], batches(2), max_steps=2)
     assert lm.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_the_verb_exports_a_checkpoint_of_such_a_mixture(buffer: bool, tmp_path: Path) -> None:
+    """And refuses, in the same sentence, what no stock class holds."""
+
+    def module() -> Plain:
+        lm = tiny_lm("mixtral", num_layers=3, output_router_logits=True)
+        if buffer:
+            lm.register_buffer("tokens_seen", torch.zeros(1))
+        return Plain(lm)
+
+    def parts() -> list[Callback]:
+        return [RandomSelector(drop=1), StructuredCut(at=1)]
+
+    saver = ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=2)
+    fit_plain(module(), [*parts(), saver], batches(2), max_steps=2, enable_checkpointing=True)
+    trainer = PruningTrainer(callbacks=parts(), accelerator="cpu", devices=1, logger=False, max_steps=2)
+    if buffer:
+        with pytest.raises(ConfigError, match="tokens_seen, a buffer"):
+            trainer.export(module(), str(tmp_path / "end.ckpt"), str(tmp_path / "out"))
+        assert not list(tmp_path.glob("out*"))
+    else:
+        with pytest.warns(UserWarning, match="No tokenizer was found, .* set tokenizer to"):
+            trainer.export(module(), str(tmp_path / "end.ckpt"), str(tmp_path / "out"))
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
+
+
+def test_a_resume_that_finds_nothing_to_train_fails_as_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, saver = batches(2), ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=2)
+    fit_plain(Plain(tiny_lm(num_layers=2)), [saver], data, max_steps=2, enable_checkpointing=True)
+
+    def differs(*args: Any) -> None:
+        raise ExportError("the reloaded model differs: everything")
+
+    monkeypatch.setattr("lightprune.export.write.verify_export", differs)
+    trainer = trainer_for([ExportHF(str(tmp_path / "out"))], max_steps=2)
+    with pytest.raises(ExportError, match=r"differs: everything; .*out-unverified"):
+        trainer.fit(Plain(tiny_lm(num_layers=2)), data, data, ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert (tmp_path / "out-unverified" / "model.safetensors").is_file()
