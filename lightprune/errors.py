@@ -11,6 +11,10 @@ class ConfigError(ValueError):
     """A configuration that cannot work: one sentence with the value, the allowed ones and the key to change."""
 
 
+class ExportError(RuntimeError):
+    """A model that trained and could not be written under its name: one sentence that says why, and where it is now."""
+
+
 def check_choice(owner: object, key: str, value: object, allowed: Sequence[str], more: str = "") -> None:
     """Refuse a value that is none of those allowed.
 

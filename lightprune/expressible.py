@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GraniteConfig,
@@ -21,7 +20,6 @@ from transformers import (
 
 from lightprune.anatomy import Anatomy
 from lightprune.errors import ConfigError
-from lightprune.partitioned import whole_shape
 from lightprune.plan import PruningPlan
 from lightprune.surgery import resulting_shapes
 
@@ -109,7 +107,7 @@ def check_expressible(anatomy: Anatomy, plan: PruningPlan) -> None:
         stock = form.build()
     except Exception as error:  # whatever a class raises for counts that it cannot have
         raise _refusal(form.model_class, error) from error
-    difference = _difference(resulting_shapes(anatomy, plan), stock)
+    difference = parameter_difference(resulting_shapes(anatomy, plan), stock)
     if difference is not None:
         raise ConfigError(
             f"The plan cannot be exported: {difference}; change the counts to keep, or prune a model that adds nothing "
@@ -117,32 +115,7 @@ def check_expressible(anatomy: Anatomy, plan: PruningPlan) -> None:
         )
 
 
-def check_stock(lm: PreTrainedModel) -> None:
-    """Refuse a model that no stock class can hold as it is; only warn of adapters, which may still be merged.
-
-    Raises:
-        ConfigError: the stock class has other parameters.
-    """
-    config = copy.deepcopy(lm.config)
-    config.tie_word_embeddings = is_tied(lm)
-    form = stock_form(lm, config)
-    try:
-        stock = form.build()
-    except Exception:  # a class that cannot be built without its weights: the export itself will judge
-        return
-    difference = _difference({name: whole_shape(parameter) for name, parameter in lm.named_parameters()}, stock)
-    if difference is None:
-        return
-    if any(hasattr(module, "base_layer") for module in lm.modules()):
-        rank_zero_warn(f"The model has adapters: unless they are merged by then, it cannot be exported ({difference}).")
-        return
-    raise ConfigError(
-        f"The model cannot be exported: {difference}; leave ExportHF out, or train a model that adds nothing to its "
-        "class."
-    )
-
-
-def _difference(ours: Mapping[str, torch.Size], stock: PreTrainedModel) -> str | None:
+def parameter_difference(ours: Mapping[str, torch.Size], stock: PreTrainedModel) -> str | None:
     """How the parameters of a model differ from those of its stock class, in words; None where they do not."""
     theirs = {name: parameter.shape for name, parameter in stock.named_parameters()}
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from lightprune import ConfigError
 from lightprune.cli import default_callbacks, main
 from lightprune.data import DomainCounts
+from lightprune.errors import ExportError
 from lightprune.progress import PruningProgressBar
 from lightprune.random_state import RandomState
 from lightprune.report import RunReport
@@ -129,6 +130,50 @@ def test_export_overwrites_only_when_asked(
     assert (tmp_path / "exported" / "model.safetensors").stat().st_mtime_ns == written
     assert main([*arguments, "--overwrite"]) == 0
     assert (tmp_path / "exported" / "model.safetensors").stat().st_mtime_ns != written
+
+
+def test_export_takes_the_tokenizer_that_is_named(
+    configs: list[str], checkpoint: Path, inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", *configs, "--ckpt_path", str(checkpoint), "--output", "exported"]
+    assert main([*arguments, "--tokenizer", "nowhere/at/all"]) == 2
+    assert "There is no file or directory 'nowhere/at/all'" in capsys.readouterr().err
+    assert not Path("exported").exists()
+    named = AutoTokenizer.from_pretrained(inputs / "model")
+    named.model_max_length = 77
+    named.save_pretrained("tokenizer")
+    assert main([*arguments, "--tokenizer", "tokenizer"]) == 0
+    assert AutoTokenizer.from_pretrained("exported").model_max_length == 77
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/exported", "file:///tmp/exported"])
+def test_urls_are_no_place_for_an_export(url: str, configs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    export = {"class_path": "lightprune.ExportHF", "init_args": {"path": url}}
+    Path("export.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [export]}}))
+    assert main(["export", *configs, "--ckpt_path=none.ckpt", "--output", url]) == 2
+    assert f"The output is '{url}', a URL: name a local directory in `output`" in capsys.readouterr().err
+    assert main(["fit", *configs, "--config", "export.yaml"]) == 2
+    assert f"The output is '{url}', a URL: name a local directory in `path`" in capsys.readouterr().err
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_a_run_whose_export_fails_keeps_all_and_says_so(
+    configs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differs(*args: Any) -> None:
+        raise ExportError("the reloaded model differs: everything")
+
+    monkeypatch.setattr("lightprune.export.write.verify_export", differs)
+    export = {"class_path": "lightprune.ExportHF", "init_args": {"path": "pruned"}}
+    Path("export.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [export]}}))
+    assert main(["fit", *configs, "--config", "export.yaml"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("The model was not exported to 'pruned': the reloaded model differs: everything; ")
+    assert Path("pruned-unverified.txt").is_file()
+    layers = AutoModelForCausalLM.from_pretrained("pruned-unverified").config.num_hidden_layers
+    assert layers == LAYERS - DROP
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]["layers"] == layers
+    assert any((tmp_path / "run").rglob(f"*step={STEPS}*.ckpt"))
 
 
 def test_export_refuses_an_uncut_checkpoint(

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightprune.cli.trainer import PruningTrainer
 from lightprune.data import DomainCounts
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, ExportError
 from lightprune.progress import PruningProgressBar
 from lightprune.random_state import RandomState
 from lightprune.report import RunReport
@@ -97,7 +97,7 @@ def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; a mistake of the user's is one sentence on stderr and status 2.
+    """Run the command line; a mistake of the user's, or an export that failed, is one sentence on stderr and status 2.
 
     Args:
         args: the arguments; None for those of the process. LIGHTPRUNE_DEBUG=1 in the environment shows tracebacks.
@@ -117,9 +117,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _user_mistake(error: BaseException | None) -> str | None:
-    """What the user got wrong, if `error` is about that: jsonargparse wraps what a constructor raises."""
+    """The sentence that is enough: for a mistake of the user's, which jsonargparse may wrap, or a failed export."""
     while error is not None:
-        if isinstance(error, ConfigError | ArgumentError | MisconfigurationException):
+        if isinstance(error, ConfigError | ExportError | ArgumentError | MisconfigurationException):
             return str(error)
         error = error.__cause__
     return None

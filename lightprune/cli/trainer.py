@@ -7,13 +7,23 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from lightprune.cli.forecast import forecast
 from lightprune.errors import ConfigError
-from lightprune.export import card_of, check_target, export_hf, tokenizer_of
+from lightprune.export import (
+    ExportHF,
+    card_of,
+    check_target,
+    export_hf,
+    given_tokenizer,
+    tokenizer_of,
+    warn_of_none,
+)
 from lightprune.host import find_causal_lm
 from lightprune.pipeline import Part, Pipeline
 from lightprune.plan import PruningPlan
+from lightprune.stock_check import check_stock
 
 
 class PruningTrainer(pl.Trainer):
@@ -32,20 +42,24 @@ class PruningTrainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         overwrite: bool = False,
         weights_only: bool | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         """Write the model of a checkpoint as a Hugging Face directory.
 
         Args:
             model: the module that was trained.
             ckpt_path: a checkpoint of a run with the same config; "last" is the newest of its `ModelCheckpoint`.
-            output: the directory to write.
-            datamodule: not used.
+            output: the directory to write, on this machine.
+            datamodule: only its tokenizer is used.
             overwrite: replace `output` if it exists.
             weights_only: as in `fit`.
+            tokenizer: directory or Hub id of the tokenizer to save beside the model; null takes that of the config's
+                `ExportHF`, of the model or of the data.
         """
         if ckpt_path == "last":
             ckpt_path = _last_of(self)
         check_target(output, overwrite=overwrite, key="output")
+        given = given_tokenizer(tokenizer, "tokenizer") or _configured_tokenizer(self)
         with self._pipeline(model, stage="validate") as pipeline:
             # The pipeline gives the model its shape; states and weights are for us to load.
             checkpoint = self.strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
@@ -53,8 +67,11 @@ class PruningTrainer(pl.Trainer):
             pipeline.finish()
             card = card_of(self)
             card["data"] = {"optimizer steps": checkpoint["global_step"]}
-            tokenizer = tokenizer_of(self, model)
-            target = export_hf(pipeline.lm, output, tokenizer=tokenizer, plan=plan, card=card, overwrite=overwrite)
+            found = given or tokenizer_of(self, model, datamodule)
+            if found is None:
+                warn_of_none("tokenizer")
+            check_stock(pipeline.lm)
+            target = export_hf(pipeline.lm, output, tokenizer=found, plan=plan, card=card, overwrite=overwrite)
         print(f"Exported to {target}")
 
     @contextmanager
@@ -72,6 +89,12 @@ class PruningTrainer(pl.Trainer):
             yield pipeline
         finally:
             pipeline.close()
+
+
+def _configured_tokenizer(trainer: pl.Trainer) -> PreTrainedTokenizerBase | None:
+    """What the config's `ExportHF` names, if it has one and that names any."""
+    exports = [c for c in trainer.callbacks if isinstance(c, ExportHF)]  # type: ignore[attr-defined]
+    return next((given_tokenizer(e.tokenizer, "ExportHF.tokenizer") for e in exports if e.tokenizer is not None), None)
 
 
 def _last_of(trainer: pl.Trainer) -> str:

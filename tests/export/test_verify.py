@@ -1,5 +1,6 @@
 """What is wrong with a directory or a model is found before the directory takes its name."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ from transformers.cache_utils import DynamicLayer
 
 import lightprune.export.write
 from lightprune.anatomy import anatomy_of
+from lightprune.errors import ExportError
 from lightprune.export import export_hf
 from lightprune.export.convert import Outgoing
-from lightprune.export.verify import OTHER_STEPS, cached_logits, probe, probe_logits, tolerance
 from lightprune.plan import PruningPlan
+from lightprune.probe import OTHER_STEPS, cached_logits, probe, probe_logits, tolerance
 from lightprune.surgery import cut_model
 from tests.export.models import files_in
 from tests.families import tiny_lm
@@ -66,7 +68,7 @@ def damage_what_is_written(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Pa
     ],
 )
 @pytest.mark.parametrize("earlier", [False, True])
-def test_a_failed_export_leaves_nothing_behind(
+def test_a_failed_export_is_kept_and_leaves_the_earlier_one(
     damage: Callable[[Path], None], sentence: str, earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if earlier:
@@ -75,9 +77,14 @@ def test_a_failed_export_leaves_nothing_behind(
     damage_what_is_written(monkeypatch, damage)
     lm = tiny_lm(num_layers=4)
 
-    with pytest.raises(RuntimeError, match=sentence):
+    with pytest.raises(ExportError, match=sentence) as caught:
         export_hf(lm, tmp_path / "out", overwrite=True)
-    assert files_in(tmp_path) == before
+    after = files_in(tmp_path)
+    kept = {name: after[name] for name in after if name.startswith("out-unverified")}
+    assert before == {name: after[name] for name in after.keys() - kept.keys()}
+    assert "out-unverified/model.safetensors" in kept
+    assert "the reloaded model differs: " in (tmp_path / "out-unverified.txt").read_text()
+    assert f"kept at '{tmp_path / 'out-unverified'}'" in str(caught.value)
     assert lm.training
 
 
@@ -101,8 +108,8 @@ def test_logits_beside_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         export_hf(lm, tmp_path / "out")
 
 
-def test_cached_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that loses its first token changes nothing but the steps that come after."""
+def forgetful_caches(monkeypatch: pytest.MonkeyPatch, *, which: Callable[[int], bool]) -> None:
+    """Caches that lose their first token, which changes nothing but the steps that come after."""
 
     class Forgetful(DynamicLayer):
         def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,17 +119,32 @@ def test_cached_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 keys[..., 0, :], values[..., 0, :] = 0, 0
             return keys, values
 
-    make = DynamicCache.__init__
+    make, number = DynamicCache.__init__, itertools.count()
 
     def forgetful(self: DynamicCache, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        for index, layer in enumerate(self.layers):
-            assert type(layer) is DynamicLayer
-            self.layers[index] = Forgetful()
+        if which(next(number)):
+            for index, layer in enumerate(self.layers):
+                assert type(layer) is DynamicLayer
+                self.layers[index] = Forgetful()
 
     monkeypatch.setattr(DynamicCache, "__init__", forgetful)
-    with pytest.raises(RuntimeError, match=r"differs: cached logits by \S+ of the largest"):
+
+
+def test_cached_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reloaded model's, which are computed first, where those in memory are as they should be."""
+    forgetful_caches(monkeypatch, which=lambda number: number == 0)
+    with pytest.raises(ExportError, match=r"differs: cached logits by \S+ of the largest"):
         export_hf(tiny_lm(num_layers=2), tmp_path / "out")
+
+
+@pytest.mark.parametrize("which", [lambda number: True, lambda number: number > 0], ids=["both", "memory"])
+def test_a_cache_is_no_worse_than_in_memory(
+    which: Callable[[int], bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model in memory shows too, or alone, is no fault of the export's."""
+    forgetful_caches(monkeypatch, which=which)
+    assert export_hf(tiny_lm(num_layers=2), tmp_path / "out").is_dir()
 
 
 def test_the_cached_logits_are_the_logits() -> None:
@@ -163,6 +185,6 @@ def test_a_stale_group_size_is_found(tmp_path: Path) -> None:
         assert layer.self_attn.num_key_value_groups == 1
         layer.self_attn.num_key_value_groups = 2
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ExportError, match="RuntimeError: "):
         export_hf(lm, tmp_path / "out")
-    assert not any(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()

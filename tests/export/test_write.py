@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightprune.anatomy import anatomy_of
@@ -61,6 +62,34 @@ def test_dtypes(dtype: Any, trained: torch.dtype, tmp_path: Path) -> None:
     assert {p.dtype for p in reloaded.parameters()} == {expected}
     for name, weight in lm.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], weight.to(expected))
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["llama", "as another class"])
+def test_every_weight_keeps_its_dtype(convert: bool, tmp_path: Path) -> None:
+    """A head in full precision, as others train it: the file has all its digits, and loading says which it takes."""
+    lm = tiny_lm("llama", num_layers=3).to(torch.bfloat16)
+    lm.lm_head.float().weight.data += 1e-5
+    if convert:  # 27 hidden dimensions, which two heads do not divide
+        cut_model(anatomy_of(lm), PruningPlan.keeping(anatomy_of(lm), heads=[[0, 2]] * 3, hidden=range(27)))
+
+    with pytest.warns(UserWarning, match=r"1 of the weights \(such as `lm_head.weight`, torch.float32\)"):
+        path = export_hf(lm, tmp_path / "out")
+
+    stored = load_file(path / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {n: p.dtype for n, p in lm.named_parameters()}
+    assert torch.equal(stored["lm_head.weight"], lm.lm_head.weight)
+    assert json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "load with `dtype=torch.float32` to have them exactly" in (path / "README.md").read_text()
+    exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert all(torch.equal(weight, exact.get_parameter(name)) for name, weight in lm.float().named_parameters())
+    assert AutoModelForCausalLM.from_pretrained(path, dtype="auto").lm_head.weight.dtype == torch.bfloat16
+
+
+def test_most_weights_decide_what_a_model_is_loaded_in(tmp_path: Path) -> None:
+    lm = tiny_lm("llama", num_layers=3).to(torch.bfloat16)
+    lm.model.embed_tokens.float()  # the first of all, by which `transformers` would go
+    path = export_hf(lm, tmp_path / "out")
+    assert json.loads((path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_training_goes_on_with_the_same_model(tmp_path: Path) -> None:
