@@ -28,7 +28,7 @@ class StructuredCut(Part):
     Args:
         at: the optimizer step after which the model is cut. No earlier than the last selector's window and the last
             regularizer's ends; no later than the run. At the very end of the run there is no recovery (TRSP).
-        validate: run the validation loop just before and just after the cut.
+        validate: run the validation loop just before and just after the cut, if the run has validation data.
 
     Attributes:
         done: whether the model is cut.

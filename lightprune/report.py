@@ -95,7 +95,7 @@ class RunReport(FinishingCallback):
         self._phase = "validation"
         self._mark = time.perf_counter()
         if self.validate_at_start and trainer.global_step == 0:
-            self._metrics["start"] = _validate(trainer)
+            self._metrics["start"] = run_validation(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -123,7 +123,7 @@ class RunReport(FinishingCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate once more, and finish."""
         finish_parts(trainer)
-        self._metrics["end"] = _validate(trainer)
+        self._metrics["end"] = run_validation(trainer)
         super().on_train_end(trainer, pl_module)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -290,11 +290,6 @@ def _size(trainer: pl.Trainer, model: nn.Module) -> dict[str, int]:
     pipeline = Pipeline.of(trainer)
     counts = {} if pipeline is None else asdict(pipeline.anatomy.shape)
     return {**counts, "parameters": parameter_count(model)}
-
-
-def _validate(trainer: pl.Trainer) -> Metrics:
-    """Validate, if there is data."""
-    return run_validation(trainer) if trainer.enable_validation else {}
 
 
 def _sum_over_ranks(trainer: pl.Trainer, count: int | torch.Tensor) -> int:

@@ -1,7 +1,9 @@
 """`StructuredCut` in a running fit."""
 
+import json
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -15,6 +17,7 @@ from lightprune import (
     PlanFromFile,
     PruningPlan,
     RandomSelector,
+    RunReport,
     StructuredCut,
 )
 from lightprune.anatomy import anatomy_of
@@ -105,14 +108,48 @@ def test_validation_at_the_cut_disturbs_neither_the_loop_nor_the_result(tmp_path
     assert with_validation[1] == without[1]
 
 
-def test_a_module_without_validation_is_cut_all_the_same() -> None:
-    class NoValidation(Plain):
-        validation_step = None  # type: ignore[assignment]
+class NoStep(Plain):
+    validation_step = None  # type: ignore[assignment]
 
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return batches(2)
+
+
+WITHOUT_VALIDATION: dict[str, tuple[type[Plain], Any, dict[str, Any]]] = {
+    "no step": (NoStep, (batches(2),), {}),
+    "no data": (Plain, (batches(2),), {}),
+    "a data module without data": (Plain, (Data(),), {}),
+    "an empty loader": (Plain, (batches(2), Batches([])), {}),
+    "no loader": (Plain, (batches(2), []), {}),
+    "none asked for": (Plain, (batches(2), batches(1)), {"limit_val_batches": 0}),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_VALIDATION)
+def test_a_run_without_validation_is_cut_all_the_same(case: str, tmp_path: Any) -> None:
+    module, data, options = WITHOUT_VALIDATION[case]
     cut = StructuredCut(at=1)
-    trainer = trainer_for([RandomSelector(drop=1), cut], 2)
-    trainer.fit(NoValidation(), batches(2))
+    trainer = trainer_for([RandomSelector(drop=1), cut, RunReport()], 2, default_root_dir=tmp_path, **options)
+    trainer.fit(module(), *data)
     assert cut.done
+    assert cut.metrics == {"before": {}, "after": {}}
+    assert json.loads((tmp_path / "summary.json").read_text())["metrics"] == {}
+
+
+def test_metrics_of_several_loaders(tmp_path: Any) -> None:
+    selector, cut = parts(tiny_lm(), tmp_path, at=1)
+
+    class Two(Plain):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    trainer = trainer_for([selector, cut], 2)
+    trainer.fit(Two(), batches(2), [batches(1), batches(1, seed=7)])
+    names = {"val/loss/dataloader_idx_0", "val/loss/dataloader_idx_1"}
+    assert [set(metrics) for metrics in cut.metrics.values()] == [names] * 2
+    assert len(set(cut.metrics["before"].values())) == 2
 
 
 def test_training_continues_in_training_mode(tmp_path: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightprune.errors import ConfigError
 from lightprune.reweighting import DomainReweighting
 from tests.reweighting.runs import DOMAINS, Stranger, fit, text_data, write_texts
-from tests.training import Spy
+from tests.training import Batches, Spy
 
 NOTHING = dict.fromkeys(DOMAINS, 0.0)
 
@@ -84,6 +84,10 @@ def test_no_validation(folder: Path, options: dict[str, Any], wanted: str) -> No
         validation_step = L.LightningModule.validation_step
 
     refused(folder, f"{wanted}.*needs validation", options, module=Silent())
+
+    data = text_data(folder)
+    data.val_dataloader = lambda: Batches([])
+    refused(folder, f"{wanted}.*needs validation", options, data=data)
 
 
 def test_a_domain_without_validation_data(folder: Path) -> None:
