@@ -9,44 +9,36 @@ How they act inside of an optimizer step that is not theirs: `lightprune.doors`.
 """
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lightprune import module_checks, run_checks, strategies
+from lightprune import run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
-from lightprune.cycle import Cycle, cycles_of, expected_shapes
+from lightprune.attach_checks import check_attached
+from lightprune.cycle import Cycle, cycles_of, unfinished
 from lightprune.doors import Doors, HeldWeights
-from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics, shadow_method
 from lightprune.partitioned import whole_construction
 from lightprune.plan import PruningPlan
+from lightprune.stages import Phase as Phase
+from lightprune.stages import Stage as Stage
+from lightprune.stages import Status as Status
+from lightprune.stages import parts_last
 
 if TYPE_CHECKING:
     from lightprune.cut import StructuredCut
     from lightprune.selectors.base import Selector
-
-Phase = Literal["select", "transfer", "recover", "train"]
-Status = dict[str, int | float | str]
-
-
-class Stage(IntEnum):
-    """The order in which data flows through the parts."""
-
-    SELECT = 0
-    REGULARIZE = 1
-    CUT = 2
-    RECOVER = 3
 
 
 class Part(Callback, ABC):
@@ -87,6 +79,14 @@ class Part(Callback, ABC):
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of the batch whose forward pass has just run, or None."""
         return None
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether this acts in backward passes, now or later; of a module's own `loss.backward()` it sees nothing."""
+        return type(self).penalty is not Part.penalty and not self.cycle.done
+
+    def end_batch(self) -> None:
+        """Bring ranks together after a batch. All of them call this, those that skipped the batch too."""
 
     def learn(self) -> None:
         """Step what this part optimizes by itself; called once per optimizer step, with gradients in place."""
@@ -140,7 +140,7 @@ class Part(Callback, ABC):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._is_first:
-            self.pipeline.advance()
+            self.pipeline.begin_batch()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if not self.pipeline.weights.held and self.pipeline.engine.stepping:
@@ -155,7 +155,7 @@ class Part(Callback, ABC):
         batch_idx: int,
     ) -> None:
         if self._is_first:
-            self.pipeline.advance()
+            self.pipeline.end_batch()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_first:
@@ -167,9 +167,7 @@ class Part(Callback, ABC):
         if self._is_first:
             self.pipeline.finish()
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._is_first:  # where a resume finds training over, this is the first hook that is called
-            self.pipeline.finish()
+    on_fit_end = on_train_end  # where a resume finds training over, this is the first hook that is called
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close(trainer)
@@ -199,6 +197,7 @@ class Pipeline:
         self.anatomy: Anatomy
         self._restored: frozenset[str] = frozenset()  # the states of parts that come from a checkpoint
         self._evaluated: int | None = None  # the step of the checkpoint that is evaluated outside a fit
+        self._ended = False
         self._unwrap: list[Callable[[], None]] = []
         self.weights = HeldWeights(module)
         self._doors = Doors(self.engine, self.parts, self.weights)
@@ -219,7 +218,7 @@ class Pipeline:
         for part in pipeline.parts:
             part.pipeline = pipeline
         # A cut validates, and whoever then saves a checkpoint saves what the other callbacks made of this step too.
-        trainer.callbacks = _parts_last(callbacks_of(trainer), pipeline.parts)  # type: ignore[attr-defined]
+        trainer.callbacks = parts_last(callbacks_of(trainer), pipeline.parts)  # type: ignore[attr-defined]
         pipeline._wrap_all()
 
     # What the parts and the reports ask.
@@ -300,6 +299,18 @@ class Pipeline:
 
     # What the trainer drives.
 
+    def begin_batch(self) -> None:
+        """A batch is about to train."""
+        self._doors.begin_batch()
+        self.advance()
+
+    def end_batch(self) -> None:
+        """A batch has trained, or was skipped."""
+        self._doors.end_batch()
+        for part in self.parts:
+            part.end_batch()
+        self.advance()
+
     def advance(self) -> None:
         """Move every part to where it has to be after the optimizer steps done so far."""
         for part in self.parts:
@@ -325,16 +336,18 @@ class Pipeline:
         """Let the parts leave an ordinary model. Whoever comes first at the end of training calls it."""
         for part in self.parts:
             part.finish()
+        missed = unfinished(self.cycles, self.trainer.global_step)
+        if missed is not None and self.fitting and not self._ended:
+            rank_zero_warn(missed)
+        self._ended = True
 
     def attach(self) -> None:
         """Find the model and check every part against it; called once the module has built its layers."""
         _, lm = find_causal_lm(self.module)
         self.anatomy = anatomy_of(lm)
-        self._unwrap.append(self._doors.watch(self.anatomy.decoder).remove)
+        self._unwrap += [handle.remove for handle in self._doors.watch(self.anatomy.decoder)]
         if self.fitting:
-            module_checks.check_eager(self.module)
-            if self.cut is None or not self.cut.done:
-                self._check()
+            check_attached(self)
 
     def close(self) -> None:
         """Leave the module and the strategy as they were found."""
@@ -344,19 +357,6 @@ class Pipeline:
         self.engine.expect_skips(False)
         while self._unwrap:
             self._unwrap.pop()()
-
-    def _check(self) -> None:
-        begun = any(cycle.done for cycle in self.cycles)  # then the shapes were checked when the run began
-        shapes = [] if begun else expected_shapes(self.cycles, self.anatomy)
-        for part in self.parts:
-            part.check()
-        ahead = [cycle for cycle in self.cycles if cycle.cut is not None and not cycle.done]
-        doomed = {structure for cycle in ahead for selector in cycle.selectors for structure in selector.structures}
-        module_checks.check_sliced(self.module, self.anatomy, doomed)
-        for shape in shapes[1:]:
-            plan = PruningPlan.arriving_at(self.anatomy, shape)
-            plan.validate(self.anatomy)
-            check_expressible(self.anatomy, plan)
 
     def _wrap_all(self) -> None:
         if self.fitting:
@@ -394,13 +394,6 @@ class Pipeline:
                 part.restructure(states[part.state_key])
         if self.cut is not None and states.get(self.cut.state_key, {}).get("plan") is not None:
             self.engine.expect_skips(False)
-
-
-def _parts_last(callbacks: Sequence[Callback], parts: Sequence[Part]) -> list[Callback]:
-    """The callbacks in the order of their calls: strangers as they were, the parts, and at last what saves them all."""
-    savers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
-    others = [callback for callback in callbacks if not isinstance(callback, (Part, Checkpoint))]
-    return [*others, *parts, *savers]
 
 
 def _parts_of(trainer: L.Trainer) -> list[Part]:

@@ -1,14 +1,22 @@
 """`StructuredCut` in a running fit."""
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    Timer,
+)
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightprune import (
     BlockInfluenceSelector,
@@ -160,16 +168,76 @@ def test_training_continues_in_training_mode(tmp_path: Any) -> None:
     assert spy.seen == [True] * 3
 
 
-def test_early_stopping_before_the_cut_is_not_an_error(tmp_path: Any) -> None:
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            trainer.should_stop = True
+class Stop(Callback):
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = True
 
+
+class Endless(IterableDataset[Any]):
+    """Whose length nobody knows, and which is short."""
+
+    def __iter__(self) -> Any:
+        return iter(batches(2))
+
+
+# What ends a run that might have come to its cut at step 7.
+EARLY: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
+    "it is told to stop": (lambda: [Stop()], {"max_steps": 9}),
+    "early stopping": (
+        lambda: [EarlyStopping("val/loss", patience=1, min_delta=9.0)],
+        {"max_steps": 9, "val_check_interval": 1},
+    ),
+    "time": (lambda: [Timer({"milliseconds": 1}, interval="step")], {"max_epochs": 9}),
+    "a short iterable": (lambda: [], {"max_epochs": 1}),
+    "gradient accumulation": (lambda: [GradientAccumulationScheduler({0: 1, 1: 3})], {"max_epochs": 3}),
+}
+
+
+@pytest.mark.parametrize("report", [True, False])
+@pytest.mark.parametrize("case", EARLY)
+def test_a_run_that_ends_before_its_cut_says_so(case: str, report: bool, tmp_path: Any) -> None:
+    callbacks, options = EARLY[case]
     lm = tiny_lm()
-    selector, cut = parts(lm, tmp_path, at=3)
-    fit(Plain(lm), [Stop(), selector, cut], batches(5), max_steps=5)
+    selector, cut = parts(lm, tmp_path, at=7)
+    trainer = trainer_for(
+        [*callbacks(), selector, cut, *([RunReport()] if report else [])],
+        **{"max_steps": -1, "default_root_dir": tmp_path} | options,
+    )
+    data = DataLoader(Endless(), batch_size=None) if case == "a short iterable" else batches(3)
+    with pytest.warns(UserWarning, match=r"ended at step \d, before the cut at step 7, .* to at most \d\.$") as said:
+        trainer.fit(Plain(lm), data, batches(1))
+    steps = trainer.global_step
+    assert steps < 7
+    assert sum(f"ended at step {steps}, before the cut" in str(warning.message) for warning in said) == 1
     assert not cut.done
     assert len(anatomy_of(lm).layers) == 6
+    if report:
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert (summary["ended_before_cut"], summary["steps"]) == (7, steps)
+
+
+def test_a_run_that_ends_before_its_selection_says_so() -> None:
+    with pytest.warns(UserWarning, match="ended at step 2, before BlockInfluenceSelector decided at step 3.*step 2 at"):
+        fit(Plain(), [BlockInfluenceSelector(drop=1, stop=3)], batches(2), max_steps=2)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, None])
+def test_nothing_is_said_of_a_run_that_was_broken_off_or_is_complete(
+    error: type[BaseException] | None, tmp_path: Any, recwarn: Any
+) -> None:
+    class Breaks(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if error is not None and batch_idx == 1:
+                raise error
+            return super().training_step(batch, batch_idx)
+
+    lm = tiny_lm()
+    selector, cut = parts(lm, tmp_path, at=2)
+    with nullcontext() if error is None else pytest.raises((SystemExit, ValueError)):
+        fit(Breaks(lm), [selector, cut, RunReport()], batches(3), max_steps=3, default_root_dir=tmp_path)
+    assert not [warning for warning in recwarn if "ended at step" in str(warning.message)]
+    if error is None:
+        assert json.loads((tmp_path / "summary.json").read_text())["ended_before_cut"] is None
 
 
 def test_state_is_plain(tmp_path: Any) -> None:
