@@ -209,6 +209,7 @@ class DomainReweighting(FinishingCallback):
         return (self._step - self.start) // self.every > (before - self.start) // self.every
 
     def _update(self, trainer: L.Trainer) -> None:
+        self._training.check()  # this is where the device is waited for
         losses, recent = self._current_losses()
         observation = self._observe(trainer, recent)
         compared = self._mixer.update(losses, self._reference.update(observation), observation.progress)
