@@ -1,9 +1,13 @@
-"""What is checked once the module has built its model, and before the strategy wraps it."""
+"""What is checked of the model once the module has built it, and once more just before training starts."""
 
 from typing import TYPE_CHECKING
 
+import transformers
+from transformers.modeling_layers import GradientCheckpointingLayer
+
 from lightprune import module_checks
 from lightprune.cycle import expected_shapes
+from lightprune.errors import ConfigError
 from lightprune.expressible import check_expressible
 from lightprune.plan import PruningPlan
 
@@ -32,3 +36,20 @@ def check_attached(pipeline: "Pipeline") -> None:
         plan = PruningPlan.arriving_at(anatomy, shape)
         plan.validate(anatomy)
         check_expressible(anatomy, plan)
+
+
+def check_hooks(pipeline: "Pipeline") -> None:
+    """Refuse checkpointed layers whose hooks are checkpointed with them, as they are before transformers 5.23.
+
+    There hooks run a second time in the backward pass, and the first time, if it is re-entrant, without gradients.
+
+    Raises:
+        ConfigError: it says what to do.
+    """
+    hooking = dict.fromkeys(type(p).__name__ for p in pipeline.parts if p.hooks_layers and not p.cycle.done)
+    inside = "__call__" in vars(GradientCheckpointingLayer)
+    if hooking and inside and any(getattr(layer, "gradient_checkpointing", False) for layer in pipeline.anatomy.layers):
+        raise ConfigError(
+            f"Gradient checkpointing is on, and under transformers {transformers.__version__} it would run the hooks "
+            f"of {', '.join(hooking)} twice: install transformers>=5.23, or switch gradient checkpointing off."
+        )

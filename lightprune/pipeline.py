@@ -3,9 +3,7 @@
 Data flows one way: selectors decide a plan, regularizers empty what it removes, the cut executes it, recovery trains
 what is left. Each of these is a `Part`, a callback that only says what it should be after a number of optimizer steps.
 The hooks of the first move all of them, in the order of their stages, so the order of `trainer.callbacks` does not
-matter.
-
-How they act inside of an optimizer step that is not theirs: `lightprune.doors`.
+matter. How they act inside of an optimizer step that is not theirs: `lightprune.doors`.
 """
 
 from abc import ABC
@@ -25,20 +23,19 @@ from transformers import PreTrainedModel
 
 from lightprune import run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
-from lightprune.attach_checks import check_attached
+from lightprune.attach_checks import check_attached, check_hooks
 from lightprune.cycle import Cycle, cycles_of, unfinished
 from lightprune.doors import Doors, HeldWeights
 from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics, shadow_method
 from lightprune.partitioned import whole_construction
 from lightprune.plan import PruningPlan
-from lightprune.stages import Phase as Phase
-from lightprune.stages import Stage as Stage
-from lightprune.stages import Status as Status
-from lightprune.stages import parts_last
+from lightprune.stages import Phase, Stage, Status, parts_last
 
 if TYPE_CHECKING:
     from lightprune.cut import StructuredCut
     from lightprune.selectors.base import Selector
+
+__all__ = ["Part", "Phase", "Pipeline", "Stage", "Status"]
 
 
 class Part(Callback, ABC):
@@ -49,6 +46,7 @@ class Part(Callback, ABC):
 
     stage: ClassVar[Stage]
     alters: ClassVar[bool] = False  # whether this changes what the model computes before the cut
+    hooks_layers: ClassVar[bool] = False  # whether this has hooks on decoder layers that need gradients, or to run once
     pipeline: "Pipeline"
     shaped_by: "Pipeline | None" = None  # of the last fit, or evaluation of a checkpoint, that this has a state from
 
@@ -177,8 +175,7 @@ class Part(Callback, ABC):
 
     @staticmethod
     def _close(trainer: L.Trainer) -> None:
-        pipeline = Pipeline.of(trainer)
-        if pipeline is not None:  # an exception may come before any part was set up
+        if (pipeline := Pipeline.of(trainer)) is not None:  # an exception may come before any part was set up
             pipeline.close()
 
 
@@ -189,9 +186,10 @@ class Pipeline:
         self.trainer = trainer
         self.module = module
         self.fitting = stage == "fit"
-        for part in _parts_of(trainer):
+        self.parts = _parts_of(trainer)
+        for part in self.parts:
             part.check_settings()
-        self.parts = sorted(_parts_of(trainer), key=lambda part: (part.stage, part.begins))
+        self.parts.sort(key=lambda part: (part.stage, part.begins))
         self.cycles = cycles_of(self.selectors, self.cuts)
         self.engine = strategies.engine_of(trainer)
         self.anatomy: Anatomy
@@ -205,8 +203,8 @@ class Pipeline:
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Pipeline | None":
         """The trainer's pipeline; None if it has no pruning callbacks or has not set them up yet."""
-        found = (getattr(part, "pipeline", None) for part in _parts_of(trainer))
-        return next((pipeline for pipeline in found if pipeline is not None and pipeline.trainer is trainer), None)
+        found = [part.pipeline for part in _parts_of(trainer) if hasattr(part, "pipeline")]
+        return next((pipeline for pipeline in found if pipeline.trainer is trainer), None)
 
     @classmethod
     def open(cls, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -319,6 +317,7 @@ class Pipeline:
     def check_run(self) -> None:
         """Refuse what only shows once data and optimizers are there, and still before the first step."""
         run_checks.check_run(self)
+        check_hooks(self)
         for part in self.parts:
             part.shaped_by = self
 
@@ -336,8 +335,8 @@ class Pipeline:
         """Let the parts leave an ordinary model. Whoever comes first at the end of training calls it."""
         for part in self.parts:
             part.finish()
-        missed = unfinished(self.cycles, self.trainer.global_step)
-        if missed is not None and self.fitting and not self._ended:
+        missed = unfinished(self.cycles, self.trainer.global_step) if self.fitting and not self._ended else None
+        if missed is not None:
             rank_zero_warn(missed)
         self._ended = True
 
@@ -388,10 +387,10 @@ class Pipeline:
 
     def _restructure(self, states: Mapping[str, Any]) -> None:
         run_checks.check_resume(self.parts, states)
-        self._restored = frozenset(part.state_key for part in self.parts if part.state_key in states)
-        for part in self.parts:
-            if part.state_key in states:
-                part.restructure(states[part.state_key])
+        restored = [part for part in self.parts if part.state_key in states]
+        self._restored = frozenset(part.state_key for part in restored)
+        for part in restored:
+            part.restructure(states[part.state_key])
         if self.cut is not None and states.get(self.cut.state_key, {}).get("plan") is not None:
             self.engine.expect_skips(False)
 

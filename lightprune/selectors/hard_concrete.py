@@ -183,7 +183,7 @@ class HardConcreteSelector(Selector):
         self._prepare()
         anatomy = self.pipeline.anatomy
         # A module may call the two by themselves; a head that is the embedding takes masks too.
-        for module in (anatomy.decoder, anatomy.lm.get_output_embeddings()):
+        for module in (anatomy.decoder, anatomy.head):
             self._handles += [
                 module.register_forward_pre_hook(self._before_forward),
                 module.register_forward_hook(self._after_forward, always_call=True),

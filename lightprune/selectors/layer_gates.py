@@ -39,6 +39,7 @@ class LayerGateSelector(LayerSelector):
     """
 
     alters = True
+    hooks_layers = True
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ SKIPPED, STEPS = 1, 3
 
 
 class Skips(Plain):
-    """Rank 1 skips a batch, by a loss that is nothing of the LM's: Lightning takes no None from one of several ranks."""
+    """Rank 1 skips a batch by a loss that is not the LM's: under several ranks Lightning takes no None."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if batch_idx == SKIPPED and self.global_rank == 1:
