@@ -17,6 +17,7 @@ from lightprune import (
     DifferencePenalty,
     GateAnnealing,
     GreedyPerplexitySelector,
+    GroupNormPenalty,
     HardConcreteSelector,
     LayerGateSelector,
     Pipeline,
@@ -26,6 +27,7 @@ from lightprune import (
     RandomUnitSelector,
     Recovery,
     StructuredCut,
+    TaylorUnitSelector,
 )
 from lightprune.anatomy import anatomy_of
 from lightprune.host import find_causal_lm
@@ -149,13 +151,49 @@ class InADict(Plain):
         return {"loss": super().training_step(batch, batch_idx), "note": "not a tensor"}
 
 
-@pytest.mark.parametrize("module", [Late, Deep, WithTeacher, InADict])
+class Tuples(Plain):
+    """Its model gives tuples."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, *_ = self.lm(**batch, use_cache=False, return_dict=False)
+        return loss
+
+
+@pytest.mark.parametrize("module", [Late, Deep, WithTeacher, InADict, Tuples])
 def test_wherever_the_lm_is(module: type[Plain], reference: dict[str, Tensor]) -> None:
     assert_equal(run(module()), reference)
 
 
 def test_positional_arguments_no_labels_and_a_cache(reference: dict[str, Tensor]) -> None:
     assert_close(run(OwnLoss()), reference, rtol=1e-3, atol=1e-5)
+
+
+FROZEN: dict[str, Callable[[], list[Callback]]] = {
+    "difference": lambda: [RandomSelector(drop=3), DifferencePenalty()],
+    "annealing": lambda: [RandomSelector(drop=3), GateAnnealing()],
+    "group norms": lambda: [RandomUnitSelector(channels=32), GroupNormPenalty()],
+    "gates beside weights": lambda: [LayerGateSelector(drop=2, steps_per_round=2, hold_weights=False)],
+    "masks": lambda: [HardConcreteSelector(layers=4, stop=3)],
+    "taylor": lambda: [TaylorUnitSelector(channels=32, stop=2)],
+}
+
+
+@pytest.mark.parametrize("parts", FROZEN)
+def test_frozen_layers(parts: str, tmp_path: Any) -> None:
+    """Of those that go and of those that stay: they do not move, and those above learn."""
+    module, cut = Plain(), StructuredCut(at=4)
+    layers = list(anatomy_of(module.lm).layers)
+    for layer in layers[:3]:
+        layer.requires_grad_(False)
+    before = [weights(layer) for layer in layers]
+    moved = Spy(lambda *_: [weights(layer) for layer in layers], "on_validation_start")
+    fit(module, [moved, *FROZEN[parts](), cut], batches(6), max_steps=6, default_root_dir=tmp_path)
+    assert cut.done
+    uncut = moved.seen[0]  # the validation before the cut
+    for index in range(3):
+        assert_equal(uncut[index], before[index])
+    assert any(not torch.equal(uncut[5][name], before[5][name]) for name in before[5])
+    assert {parameter.requires_grad for parameter in module.lm.parameters()} == {True, False}
 
 
 # What configure_optimizers returns.

@@ -115,7 +115,7 @@ class DifferencePenalty(Regularizer):
         seen = {index: torch.stack(values).mean() for index, values in self._seen.items()}
         self._seen.clear()
         blind, self._ran_without_gradients = self._ran_without_gradients, False
-        if not seen and blind:
+        if not seen and blind and self._strengths:
             raise ConfigError(
                 "DifferencePenalty would do nothing: in a pass that trains, the layers that it acts on ran without "
                 "gradients. Do not checkpoint them with use_reentrant=True by yourself; "
@@ -131,6 +131,7 @@ class DifferencePenalty(Regularizer):
         self._layers = []
         self._strengths = {}
         self._seen.clear()
+        self._ran_without_gradients = False
 
     def status(self) -> Status:
         return {"difference": float(self._last)} if self._layers else {}

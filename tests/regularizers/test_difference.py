@@ -273,7 +273,7 @@ def test_layers_that_run_without_gradients_are_refused(plan_file: Any) -> None:
     module = Plain()
     checkpoint_calls(module.lm)
     before = weights(module)
-    with pytest.raises(ConfigError, match="DifferencePenalty would do nothing.*ran without gradients"):
+    with pytest.raises(ConfigError, match=r"DifferencePenalty would do nothing.*ran without gradients"):
         fit(module, [plan_file(module.lm, DROP), DifferencePenalty(STRENGTH, stop=4)], batches(2), max_steps=2)
     assert_equal(weights(module), before)
 
@@ -288,7 +288,7 @@ def test_hooks_that_transformers_would_checkpoint_are_refused(
     module.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
     parts = [plan_file(module.lm, DROP), DifferencePenalty(STRENGTH, stop=4)]
     before = weights(module)
-    with pytest.raises(ConfigError, match="hooks of DifferencePenalty twice: install transformers>=5.23, or"):
+    with pytest.raises(ConfigError, match=r"hooks of DifferencePenalty twice: install transformers>=5.23, or"):
         fit(module, parts, batches(2), max_steps=2)
     assert_equal(weights(module), before)
     fit(module, [plan_file(module.lm, DROP), StructuredCut(at=1)], batches(2), max_steps=2)  # no hooks on layers
