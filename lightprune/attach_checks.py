@@ -51,5 +51,6 @@ def check_hooks(pipeline: "Pipeline") -> None:
     if hooking and inside and any(getattr(layer, "gradient_checkpointing", False) for layer in pipeline.anatomy.layers):
         raise ConfigError(
             f"Gradient checkpointing is on, and under transformers {transformers.__version__} it would run the hooks "
-            f"of {', '.join(hooking)} twice: install transformers>=5.23, or switch gradient checkpointing off."
+            f"of {', '.join(hooking)} twice: install transformers>=5.23 (Python 3.11 or later), or switch gradient "
+            "checkpointing off."
         )
