@@ -288,7 +288,9 @@ def test_hooks_that_transformers_would_checkpoint_are_refused(
     module.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
     parts = [plan_file(module.lm, DROP), DifferencePenalty(STRENGTH, stop=4)]
     before = weights(module)
-    with pytest.raises(ConfigError, match=r"hooks of DifferencePenalty twice: install transformers>=5.23 .*, or switch"):
+    with pytest.raises(
+        ConfigError, match=r"hooks of DifferencePenalty twice: install transformers>=5.23 .*, or switch"
+    ):
         fit(module, parts, batches(2), max_steps=2)
     assert_equal(weights(module), before)
     fit(module, [plan_file(module.lm, DROP), StructuredCut(at=1)], batches(2), max_steps=2)  # no hooks on layers
