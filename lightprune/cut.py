@@ -36,7 +36,7 @@ class StructuredCut(Part):
             It may not come before the last selector's and the last regularizer's window end, nor after the run. At the
             very end of the run there is no recovery (TRSP). None cuts as soon as these windows end; several cuts each
             need their `at`.
-        validate: run the validation loop just before and just after the cut.
+        validate: run the validation loop just before and just after the cut, if the run has validation data.
 
     Attributes:
         done: whether the model is cut.

@@ -132,6 +132,25 @@ def doomed_layers(selectors: "Sequence[Selector]", num_layers: int) -> Sequence[
     return range(first, num_layers - last)
 
 
+def unfinished(cycles: Sequence[Cycle], step: int) -> str | None:
+    """What a run that ended after `step` optimizer steps has not come to, in a sentence; None where it did all."""
+    longer = "let the run train longer (the data, early stopping, trainer.max_epochs or trainer.max_time ended it)"
+    for cycle in cycles:
+        if cycle.cut is not None and not cycle.done:
+            return (
+                f"The run ended at step {step}, before the cut at step {cycle.cut.at}, so this cut was not made: "
+                f"{longer}, or set StructuredCut.at to at most {step}."
+            )
+        late = next((selector for selector in cycle.selectors if selector.plan is None), None)
+        if late is not None:
+            name = type(late).__name__
+            return (
+                f"The run ended at step {step}, before {name} decided at step {late.stop}, so there is no plan: "
+                f"{longer}, or let {name} stop at step {step} at the latest."
+            )
+    return None
+
+
 def expected_shapes(cycles: Sequence[Cycle], anatomy: Anatomy) -> list[Shape]:
     """The model's shape before each cycle, and after the last.
 

@@ -1,6 +1,7 @@
 """What lightprune asks of the trainer and the module that it is a guest of."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -137,13 +138,32 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
 def run_validation(trainer: L.Trainer) -> dict[str, float]:
     """Run the validation loop from inside `fit`, as the training loop itself does, and return what it logged.
 
+    Without validation data, without a `validation_step`, and with `limit_val_batches=0` it does nothing and returns {}.
     It leaves no trace in the global random generators: whether it ran does not change the training that follows.
     """
+    if not has_validation(trainer):
+        return {}
     connector = trainer._logger_connector
     first_loop_iter = connector._first_loop_iter
-    trainer.validating = True
-    with isolate_rng():
+    with isolate_rng(), _validating(trainer):
         outputs = trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training = True
     connector._first_loop_iter = first_loop_iter
     return {name: float(value) for output in outputs for name, value in output.items()}
+
+
+def has_validation(trainer: L.Trainer) -> bool:
+    """Whether a validation inside `fit` would see at least one batch; asks for the loaders if nobody has yet."""
+    if not trainer.enable_validation:
+        return False
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    with _validating(trainer):
+        loop.setup_data()
+    return not loop.skip
+
+
+@contextmanager
+def _validating(trainer: L.Trainer) -> Iterator[None]:
+    """What the training loop sets for its validation, so that Lightning takes the right loop for the active one."""
+    trainer.validating = True
+    yield
+    trainer.training = True

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from lightprune.errors import ConfigError
+
 IGNORE_INDEX = -100
 """The label that no loss counts."""
 
@@ -15,6 +17,11 @@ IGNORE_INDEX = -100
 def widest(device: torch.device) -> torch.dtype:
     """The dtype to sum in: float64, where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def places_of(domain: Tensor, domains: int, other: int) -> Tensor:
+    """The indices [B] of domains from 0 to `domains` - 1, and `other` for all that are not; waits for no device."""
+    return torch.where((domain >= 0) & (domain < domains), domain, other)
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +61,8 @@ class DomainLoss(Metric):
     def __init__(self, domain_names: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.domain_names = tuple(domain_names)
-        # One place more than there are domains: for samples that state none.
-        zeros = torch.zeros(len(self.domain_names) + 1, dtype=torch.float64)
+        # Two places more than there are domains: for samples that state none, and for those of none of these domains.
+        zeros = torch.zeros(len(self.domain_names) + 2, dtype=torch.float64)
         self.add_state("loss_sums", default=zeros, dist_reduce_fx="sum")
         self.add_state("token_counts", default=zeros.clone(), dist_reduce_fx="sum")
 
@@ -69,6 +76,8 @@ class DomainLoss(Metric):
         """
         if domain is None or not self.domain_names:
             domain = torch.full_like(token_counts, len(self.domain_names), dtype=torch.int64)
+        else:
+            domain = places_of(domain, len(self.domain_names), len(self.domain_names) + 1).to(self.loss_sums.device)
         self.loss_sums = self.loss_sums.index_add(0, domain, loss_sums.detach().to(self.loss_sums))
         self.token_counts = self.token_counts.index_add(0, domain, token_counts.to(self.token_counts))
 
@@ -77,7 +86,15 @@ class DomainLoss(Metric):
 
         Returns:
             "loss" and "ppl" over everything; "loss/<domain>" and "ppl/<domain>" where a domain had tokens.
+
+        Raises:
+            ConfigError: a sample with tokens stated an index that is none of a domain.
         """
+        if self.domain_names and self.token_counts[-1] > 0:
+            raise ConfigError(
+                f"A batch's `domain` holds an index that is not from 0 to {len(self.domain_names) - 1}: it must be "
+                f"each sample's place in the data module's `domain_names`, {', '.join(self.domain_names)}."
+            )
         means = {"": self.loss_sums.sum() / self.token_counts.sum()}
         for name, loss_sum, count in zip(self.domain_names, self.loss_sums, self.token_counts, strict=False):
             if count > 0:

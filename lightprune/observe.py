@@ -1,9 +1,13 @@
-"""Watching the causal LM's forward passes from outside, whatever module calls them.
+"""Watching the forward passes of a model from outside, whatever module calls them, and however.
+
+A module may call the causal LM, or its decoder and head for a loss of its own: what every pass goes through, and what
+is watched, is `Anatomy.decoder`.
 
 Shapes: B sequences, T tokens, d hidden dimensions.
 """
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +27,7 @@ class TokenMask:
         """Follow the calls of `Anatomy.decoder` until the handle is removed."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.mask = attention_mask_of(args, kwargs)
+            self.mask = attention_mask_of(call_inputs(module, args, kwargs))
 
         return decoder.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -43,10 +47,10 @@ class TokenMask:
         return total / count.clamp(min=1)
 
 
-def attention_mask_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The attention mask [B, T] that a call of a causal LM was given, by position or by name; None if it is no such."""
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def attention_mask_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """The attention mask [B, T] among the inputs of a call; None if there is none of this shape."""
+    mask = inputs.get("attention_mask")
+    return mask if mask is not None and mask.ndim == 2 else None
 
 
 def on_output(layer: nn.Module, use: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
@@ -61,10 +65,13 @@ def on_output(layer: nn.Module, use: Callable[[Tensor, Tensor], None]) -> Remova
     return layer.register_forward_hook(hook, prepend=True)
 
 
-def call_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that a call of a causal LM was given, by name, without gradients; a KV cache is left out."""
-    named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
-    return {name: value.detach() for name, value in named.items() if isinstance(value, Tensor)}
+def call_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a call of `module` was given, by name, without gradients; a KV cache is left out."""
+    if args:  # families differ in what comes second
+        _, *parameters = inspect.signature(type(module).forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
+    return {name: value.detach() for name, value in kwargs.items() if isinstance(value, Tensor)}
 
 
 @contextmanager

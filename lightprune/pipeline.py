@@ -3,34 +3,33 @@
 Data flows one way: selectors decide a plan, regularizers empty what it removes, the cut executes it, recovery trains
 what is left. Each of these is a `Part`, a callback that only says what it should be after a number of optimizer steps.
 The hooks of the first move all of them, in the order of their stages, so the order of `trainer.callbacks` does not
-matter.
-
-How they act inside of an optimizer step that is not theirs: `lightprune.doors`.
+matter. How they act inside of an optimizer step that is not theirs: `lightprune.doors`.
 """
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelPruning
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lightprune import module_checks, run_checks, strategies
+from lightprune import run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
-from lightprune.cycle import Cycle, cycles_of, doomed_layers, expected_shapes, place_cuts
+from lightprune.attach_checks import check_attached, check_hooks
+from lightprune.cycle import Cycle, cycles_of, place_cuts, unfinished
 from lightprune.doors import Doors, HeldWeights
-from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics, shadow_method
 from lightprune.partitioned import whole_construction
 from lightprune.plan import PruningPlan
+from lightprune.stages import Phase, Stage, Status, parts_last
 from lightprune.steps import resolve_steps
 
 if TYPE_CHECKING:
@@ -38,17 +37,7 @@ if TYPE_CHECKING:
     from lightprune.regularizers.base import Regularizer
     from lightprune.selectors.base import Selector
 
-Phase = Literal["select", "transfer", "recover", "train"]
-Status = dict[str, int | float | str]
-
-
-class Stage(IntEnum):
-    """The order in which data flows through the parts."""
-
-    SELECT = 0
-    REGULARIZE = 1
-    CUT = 2
-    RECOVER = 3
+__all__ = ["Part", "Phase", "Pipeline", "Stage", "Status"]
 
 
 class Part(Callback, ABC):
@@ -60,7 +49,9 @@ class Part(Callback, ABC):
     stage: ClassVar[Stage]
     step_settings: ClassVar[tuple[str, ...]] = ()  # the settings that may be shares of the run (`lightprune.steps`)
     alters: ClassVar[bool] = False  # whether this changes what the model computes before the cut
+    folds: ClassVar[bool] = False  # whether `fold` writes anything into the weights
     needs_training: ClassVar[bool] = False  # whether this makes no sense without an optimizer
+    hooks_layers: ClassVar[bool] = False  # whether this has hooks on decoder layers that need gradients, or to run once
     pipeline: "Pipeline"
     shaped_by: "Pipeline | None" = None  # of the last fit, or evaluation of a checkpoint, that this has a state from
 
@@ -102,6 +93,14 @@ class Part(Callback, ABC):
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of the batch whose forward pass has just run, or None."""
         return None
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether this acts in backward passes, now or later; of a module's own `loss.backward()` it sees nothing."""
+        return type(self).penalty is not Part.penalty and not self.cycle.done
+
+    def end_batch(self) -> None:
+        """Bring ranks together after a batch. All of them call this, those that skipped the batch too."""
 
     def learn(self) -> None:
         """Step what this part optimizes by itself; called once per optimizer step, with gradients in place."""
@@ -155,7 +154,7 @@ class Part(Callback, ABC):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._is_first:
-            self.pipeline.advance()
+            self.pipeline.begin_batch()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if not self.pipeline.weights.held and self.pipeline.engine.stepping:
@@ -170,7 +169,7 @@ class Part(Callback, ABC):
         batch_idx: int,
     ) -> None:
         if self._is_first:
-            self.pipeline.advance()
+            self.pipeline.end_batch()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._is_first:
@@ -182,9 +181,7 @@ class Part(Callback, ABC):
         if self._is_first:
             self.pipeline.finish()
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._is_first:  # where a resume finds training over, this is the first hook that is called
-            self.pipeline.finish()
+    on_fit_end = on_train_end  # where a resume finds training over, this is the first hook that is called
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close(trainer)
@@ -194,8 +191,7 @@ class Part(Callback, ABC):
 
     @staticmethod
     def _close(trainer: L.Trainer) -> None:
-        pipeline = Pipeline.of(trainer)
-        if pipeline is not None:  # an exception may come before any part was set up
+        if (pipeline := Pipeline.of(trainer)) is not None:  # an exception may come before any part was set up
             pipeline.close()
 
 
@@ -218,6 +214,7 @@ class Pipeline:
         self.anatomy: Anatomy
         self._restored: frozenset[str] = frozenset()  # the states of parts that come from a checkpoint
         self._evaluated: int | None = None  # the step of the checkpoint that is evaluated outside a fit
+        self._ended = False
         self._unwrap: list[Callable[[], None]] = []
         self.weights = HeldWeights(module)
         self._doors = Doors(self.engine, self.parts, self.weights)
@@ -225,8 +222,8 @@ class Pipeline:
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Pipeline | None":
         """The trainer's pipeline; None if it has no pruning callbacks or has not set them up yet."""
-        found = (getattr(part, "pipeline", None) for part in _parts_of(trainer))
-        return next((pipeline for pipeline in found if pipeline is not None and pipeline.trainer is trainer), None)
+        found = [part.pipeline for part in _parts_of(trainer) if hasattr(part, "pipeline")]
+        return next((pipeline for pipeline in found if pipeline.trainer is trainer), None)
 
     @classmethod
     def open(cls, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
@@ -238,7 +235,7 @@ class Pipeline:
         for part in pipeline.parts:
             part.pipeline = pipeline
         # A cut validates, and whoever then saves a checkpoint saves what the other callbacks made of this step too.
-        trainer.callbacks = _parts_last(callbacks_of(trainer), pipeline.parts)  # type: ignore[attr-defined]
+        trainer.callbacks = parts_last(callbacks_of(trainer), pipeline.parts)  # type: ignore[attr-defined]
         pipeline._wrap_all()
 
     # What the parts and the reports ask.
@@ -324,6 +321,18 @@ class Pipeline:
 
     # What the trainer drives.
 
+    def begin_batch(self) -> None:
+        """A batch is about to train."""
+        self._doors.begin_batch()
+        self.advance()
+
+    def end_batch(self) -> None:
+        """A batch has trained, or was skipped."""
+        self._doors.end_batch()
+        for part in self.parts:
+            part.end_batch()
+        self.advance()
+
     def advance(self) -> None:
         """Move every part to where it has to be after the optimizer steps done so far."""
         for part in self.parts:
@@ -332,6 +341,7 @@ class Pipeline:
     def check_run(self) -> None:
         """Refuse what only shows once data and optimizers are there, and still before the first step."""
         run_checks.check_run(self)
+        check_hooks(self)
         for part in self.parts:
             part.shaped_by = self
 
@@ -349,16 +359,18 @@ class Pipeline:
         """Let the parts leave an ordinary model. Whoever comes first at the end of training calls it."""
         for part in self.parts:
             part.finish()
+        missed = unfinished(self.cycles, self.trainer.global_step) if self.fitting and not self._ended else None
+        if missed is not None:
+            rank_zero_warn(missed)
+        self._ended = True
 
     def attach(self) -> None:
         """Find the model and check every part against it; called once the module has built its layers."""
         _, lm = find_causal_lm(self.module)
         self.anatomy = anatomy_of(lm)
-        self._unwrap.append(self._doors.watch(self.anatomy.decoder).remove)
+        self._unwrap += [handle.remove for handle in self._doors.watch(self.anatomy.decoder)]
         if self.fitting:
-            module_checks.check_eager(self.module, lm)
-            if self.cut is None or not self.cut.done:
-                self._check()
+            check_attached(self)
 
     def close(self) -> None:
         """Leave the module and the strategy as they were found."""
@@ -368,25 +380,6 @@ class Pipeline:
         self.engine.expect_skips(False)
         while self._unwrap:
             self._unwrap.pop()()
-
-    def _check(self) -> None:
-        module_checks.check_no_adapters(self.module, self.lm)
-        begun = any(cycle.done for cycle in self.cycles)  # then the shapes were checked when the run began
-        shapes = [] if begun else expected_shapes(self.cycles, self.anatomy)
-        for part in self.parts:
-            part.check()
-        ahead = [cycle for cycle in self.cycles if cycle.cut is not None and not cycle.done]
-        deciding = [selector for cycle in ahead for selector in cycle.selectors]
-        units = {structure for selector in deciding for structure in selector.structures} - {"layers"}
-        module_checks.check_packed(self.anatomy, units)
-        for selector in deciding:
-            if type(selector).fold is not Part.fold:
-                module_checks.check_packed_writers(self.anatomy, type(selector).__name__)
-        module_checks.check_sliced(self.module, self.anatomy, doomed_layers(deciding, self.anatomy.num_layers), units)
-        for shape in shapes[1:]:
-            plan = PruningPlan.arriving_at(self.anatomy, shape)
-            plan.validate(self.anatomy)
-            check_expressible(self.anatomy, plan)
 
     def _wrap_all(self) -> None:
         if self.fitting:
@@ -418,24 +411,12 @@ class Pipeline:
 
     def _restructure(self, states: Mapping[str, Any]) -> None:
         run_checks.check_resume(self.parts, states)
-        self._restored = frozenset(part.state_key for part in self.parts if part.state_key in states)
-        for part in self.parts:
-            if part.state_key in states:
-                part.restructure(states[part.state_key])
+        restored = [part for part in self.parts if part.state_key in states]
+        self._restored = frozenset(part.state_key for part in restored)
+        for part in restored:
+            part.restructure(states[part.state_key])
         if self.cut is not None and states.get(self.cut.state_key, {}).get("plan") is not None:
             self.engine.expect_skips(False)
-
-
-def _parts_last(callbacks: Sequence[Callback], parts: Sequence[Part]) -> list[Callback]:
-    """The callbacks in the order of their calls: strangers as they were, the parts, and at last what saves them all.
-
-    First of the strangers is Lightning's ModelPruning, which makes its masks permanent when training ends: whoever
-    exports the model then has to find plain weights.
-    """
-    savers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
-    masking = [callback for callback in callbacks if isinstance(callback, ModelPruning)]
-    others = [callback for callback in callbacks if not isinstance(callback, (Part, Checkpoint, ModelPruning))]
-    return [*masking, *others, *parts, *savers]
 
 
 def _parts_of(trainer: L.Trainer) -> list[Part]:

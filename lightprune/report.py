@@ -41,7 +41,8 @@ class RunReport(FinishingCallback):
     cut, just after it and at the end, the training tokens and the wall time of every phase, the seed and the
     versions, and the pruning plan. Whatever a module logs in validation is reported under its own names. In a run
     without pruning callbacks, without validation data or without a Hugging Face model, what cannot be known is left
-    out; so are the metrics at the end where a resume finds nothing left to train.
+    out; so are the metrics at the end where a resume finds nothing left to train. If the run ended before a cut,
+    `ended_before_cut` is the step that this cut was set to; else it is null.
 
     Tokens are those that the language model sees in training batches, padding excluded where an
     `attention_mask` tells; they are summed over ranks. Totals go on after a resume, where each rank continues
@@ -95,7 +96,7 @@ class RunReport(FinishingCallback):
         self._phase = "validation"
         self._mark = time.perf_counter()
         if self.validate_at_start and trainer.global_step == 0:
-            self._metrics["start"] = _validate(trainer)
+            self._metrics["start"] = run_validation(trainer)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -123,7 +124,7 @@ class RunReport(FinishingCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate once more, and finish."""
         finish_parts(trainer)
-        self._metrics["end"] = _validate(trainer)
+        self._metrics["end"] = run_validation(trainer)
         super().on_train_end(trainer, pl_module)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -161,7 +162,8 @@ class RunReport(FinishingCallback):
         """A tensor total stays on its device: reading it at every step would stall a GPU."""
         if not is_training_pass(trainer):  # a selector searches on a batch that has been counted
             return
-        inputs, mask = call_inputs(args, kwargs), attention_mask_of(args, kwargs)
+        inputs = call_inputs(model, args, kwargs)
+        mask = attention_mask_of(inputs)
         seen = inputs.get("input_ids", inputs.get("inputs_embeds"))  # [B, T] or [B, T, d]
         if mask is not None:
             self._tokens[self._phase] = self._tokens.get(self._phase, 0) + mask.sum()
@@ -186,6 +188,7 @@ class RunReport(FinishingCallback):
             "plan": None if plan is None else plan.to_dict(),
             "cut_steps": [cut.step for cut in cuts],
             "steps": trainer.global_step,
+            "ended_before_cut": None if pipeline is None else next((c.at for c in pipeline.cuts if not c.done), None),
             "metrics": {moment: values for moment, values in metrics.items() if values},
             "phases": {
                 phase: {"tokens": tokens.get(phase, 0), "seconds": round(self._seconds[phase], 3)}
@@ -290,11 +293,6 @@ def _size(trainer: pl.Trainer, model: nn.Module) -> dict[str, int]:
     pipeline = Pipeline.of(trainer)
     counts = {} if pipeline is None else asdict(pipeline.anatomy.shape)
     return {**counts, "parameters": parameter_count(model)}
-
-
-def _validate(trainer: pl.Trainer) -> Metrics:
-    """Validate, if there is data."""
-    return run_validation(trainer) if trainer.enable_validation else {}
 
 
 def _sum_over_ranks(trainer: pl.Trainer, count: int | torch.Tensor) -> int:

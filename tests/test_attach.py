@@ -19,6 +19,7 @@ from lightprune import (
     DifferencePenalty,
     GateAnnealing,
     GreedyPerplexitySelector,
+    GroupNormPenalty,
     HardConcreteSelector,
     LayerGateSelector,
     Pipeline,
@@ -28,6 +29,7 @@ from lightprune import (
     RandomUnitSelector,
     Recovery,
     StructuredCut,
+    TaylorUnitSelector,
 )
 from lightprune.anatomy import anatomy_of
 from lightprune.host import find_causal_lm
@@ -198,6 +200,34 @@ def test_frozen_layers_stay_frozen_and_as_they_are() -> None:
         assert not any(parameter.requires_grad for parameter in frozen)
         ends.append(weights(module))
     assert_equal(*ends)
+
+
+FROZEN: dict[str, Callable[[], list[Callback]]] = {
+    "difference": lambda: [RandomSelector(drop=3), DifferencePenalty()],
+    "annealing": lambda: [RandomSelector(drop=3), GateAnnealing()],
+    "group norms": lambda: [RandomUnitSelector(channels=32), GroupNormPenalty()],
+    "gates beside weights": lambda: [LayerGateSelector(drop=2, steps_per_round=2, hold_weights=False)],
+    "masks": lambda: [HardConcreteSelector(layers=4, stop=3)],
+    "taylor": lambda: [TaylorUnitSelector(channels=32, stop=2)],
+}
+
+
+@pytest.mark.parametrize("parts", FROZEN)
+def test_frozen_layers(parts: str, tmp_path: Any) -> None:
+    """Of those that go and of those that stay: they do not move, and those above learn."""
+    module, cut = Plain(), StructuredCut(at=4)
+    layers = list(anatomy_of(module.lm).layers)
+    for layer in layers[:3]:
+        layer.requires_grad_(False)
+    before = [weights(layer) for layer in layers]
+    moved = Spy(lambda *_: [weights(layer) for layer in layers], "on_validation_start")
+    fit(module, [moved, *FROZEN[parts](), cut], batches(6), max_steps=6, default_root_dir=tmp_path)
+    assert cut.done
+    uncut = moved.seen[0]  # the validation before the cut
+    for index in range(3):
+        assert_equal(uncut[index], before[index])
+    assert any(not torch.equal(uncut[5][name], before[5][name]) for name in before[5])
+    assert {parameter.requires_grad for parameter in module.lm.parameters()} == {True, False}
 
 
 # What configure_optimizers returns.

@@ -1,12 +1,22 @@
 """`StructuredCut` in a running fit."""
 
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    Timer,
+)
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightprune import (
     BlockInfluenceSelector,
@@ -15,6 +25,7 @@ from lightprune import (
     PlanFromFile,
     PruningPlan,
     RandomSelector,
+    RunReport,
     StructuredCut,
 )
 from lightprune.anatomy import anatomy_of
@@ -105,14 +116,48 @@ def test_validation_at_the_cut_disturbs_neither_the_loop_nor_the_result(tmp_path
     assert with_validation[1] == without[1]
 
 
-def test_a_module_without_validation_is_cut_all_the_same() -> None:
-    class NoValidation(Plain):
-        validation_step = None  # type: ignore[assignment]
+class NoStep(Plain):
+    validation_step = None  # type: ignore[assignment]
 
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return batches(2)
+
+
+WITHOUT_VALIDATION: dict[str, tuple[type[Plain], Any, dict[str, Any]]] = {
+    "no step": (NoStep, (batches(2),), {}),
+    "no data": (Plain, (batches(2),), {}),
+    "a data module without data": (Plain, (Data(),), {}),
+    "an empty loader": (Plain, (batches(2), Batches([])), {}),
+    "no loader": (Plain, (batches(2), []), {}),
+    "none asked for": (Plain, (batches(2), batches(1)), {"limit_val_batches": 0}),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_VALIDATION)
+def test_a_run_without_validation_is_cut_all_the_same(case: str, tmp_path: Any) -> None:
+    module, data, options = WITHOUT_VALIDATION[case]
     cut = StructuredCut(at=1)
-    trainer = trainer_for([RandomSelector(drop=1), cut], 2)
-    trainer.fit(NoValidation(), batches(2))
+    trainer = trainer_for([RandomSelector(drop=1), cut, RunReport()], 2, default_root_dir=tmp_path, **options)
+    trainer.fit(module(), *data)
     assert cut.done
+    assert cut.metrics == {"before": {}, "after": {}}
+    assert json.loads((tmp_path / "summary.json").read_text())["metrics"] == {}
+
+
+def test_metrics_of_several_loaders(tmp_path: Any) -> None:
+    selector, cut = parts(tiny_lm(), tmp_path, at=1)
+
+    class Two(Plain):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    trainer = trainer_for([selector, cut], 2)
+    trainer.fit(Two(), batches(2), [batches(1), batches(1, seed=7)])
+    names = {"val/loss/dataloader_idx_0", "val/loss/dataloader_idx_1"}
+    assert [set(metrics) for metrics in cut.metrics.values()] == [names] * 2
+    assert len(set(cut.metrics["before"].values())) == 2
 
 
 def test_training_continues_in_training_mode(tmp_path: Any) -> None:
@@ -123,16 +168,76 @@ def test_training_continues_in_training_mode(tmp_path: Any) -> None:
     assert spy.seen == [True] * 3
 
 
-def test_early_stopping_before_the_cut_is_not_an_error(tmp_path: Any) -> None:
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            trainer.should_stop = True
+class Stop(Callback):
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = True
 
+
+class Endless(IterableDataset[Any]):
+    """Whose length nobody knows, and which is short."""
+
+    def __iter__(self) -> Any:
+        return iter(batches(2))
+
+
+# What ends a run that might have come to its cut at step 7.
+EARLY: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
+    "it is told to stop": (lambda: [Stop()], {"max_steps": 9}),
+    "early stopping": (
+        lambda: [EarlyStopping("val/loss", patience=1, min_delta=9.0)],
+        {"max_steps": 9, "val_check_interval": 1},
+    ),
+    "time": (lambda: [Timer({"milliseconds": 1}, interval="step")], {"max_epochs": 9}),
+    "a short iterable": (lambda: [], {"max_epochs": 1}),
+    "gradient accumulation": (lambda: [GradientAccumulationScheduler({0: 1, 1: 3})], {"max_epochs": 3}),
+}
+
+
+@pytest.mark.parametrize("report", [True, False])
+@pytest.mark.parametrize("case", EARLY)
+def test_a_run_that_ends_before_its_cut_says_so(case: str, report: bool, tmp_path: Any) -> None:
+    callbacks, options = EARLY[case]
     lm = tiny_lm()
-    selector, cut = parts(lm, tmp_path, at=3)
-    fit(Plain(lm), [Stop(), selector, cut], batches(5), max_steps=5)
+    selector, cut = parts(lm, tmp_path, at=7)
+    trainer = trainer_for(
+        [*callbacks(), selector, cut, *([RunReport()] if report else [])],
+        **{"max_steps": -1, "default_root_dir": tmp_path} | options,
+    )
+    data = DataLoader(Endless(), batch_size=None) if case == "a short iterable" else batches(3)
+    with pytest.warns(UserWarning, match=r"ended at step \d, before the cut at step 7, .* to at most \d\.$") as said:
+        trainer.fit(Plain(lm), data, batches(1))
+    steps = trainer.global_step
+    assert steps < 7
+    assert sum(f"ended at step {steps}, before the cut" in str(warning.message) for warning in said) == 1
     assert not cut.done
     assert len(anatomy_of(lm).layers) == 6
+    if report:
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert (summary["ended_before_cut"], summary["steps"]) == (7, steps)
+
+
+def test_a_run_that_ends_before_its_selection_says_so() -> None:
+    with pytest.warns(UserWarning, match="ended at step 2, before BlockInfluenceSelector decided at step 3.*step 2 at"):
+        fit(Plain(), [BlockInfluenceSelector(drop=1, stop=3)], batches(2), max_steps=2)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, None])
+def test_nothing_is_said_of_a_run_that_was_broken_off_or_is_complete(
+    error: type[BaseException] | None, tmp_path: Any, recwarn: Any
+) -> None:
+    class Breaks(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if error is not None and batch_idx == 1:
+                raise error
+            return super().training_step(batch, batch_idx)
+
+    lm = tiny_lm()
+    selector, cut = parts(lm, tmp_path, at=2)
+    with nullcontext() if error is None else pytest.raises((SystemExit, ValueError)):
+        fit(Breaks(lm), [selector, cut, RunReport()], batches(3), max_steps=3, default_root_dir=tmp_path)
+    assert not [warning for warning in recwarn if "ended at step" in str(warning.message)]
+    if error is None:
+        assert json.loads((tmp_path / "summary.json").read_text())["ended_before_cut"] is None
 
 
 def test_state_is_plain(tmp_path: Any) -> None:

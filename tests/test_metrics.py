@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from lightprune.errors import ConfigError
 from lightprune.metrics import DomainLoss
 
 
@@ -115,4 +116,15 @@ def test_reset_forgets() -> None:
     metric.reset()
     metric.update(torch.tensor([1.0]), torch.tensor([1]), torch.tensor([0]))
 
+    assert metric.compute()["loss"].item() == 1.0
+
+
+@pytest.mark.parametrize("index", [-1, 2, 3, 99])
+def test_an_index_that_is_no_domains_is_found_when_the_values_are_read(index: int) -> None:
+    metric = DomainLoss(["a", "b"])
+    feed(metric, [(1.0, 1, 0), (1.0, 1, index)])
+    with pytest.raises(ConfigError, match=r"not from 0 to 1: it must be each sample's place .* a, b"):
+        metric.compute()
+    metric.reset()
+    feed(metric, [(1.0, 1, 0), (0.0, 0, index)])  # without a token it counts for nothing
     assert metric.compute()["loss"].item() == 1.0

@@ -1,5 +1,6 @@
 """Watching the LM's calls, whichever way they are made."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -56,13 +57,13 @@ def test_output_is_the_layers_own_before_any_gate() -> None:
     assert torch.equal(seen[0][1], plain[0][1])
 
 
-def test_call_inputs_by_name() -> None:
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_call_inputs_by_name(name: str) -> None:
     ids, mask, labels = torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1, 2)
-    assert set(call_inputs((ids,), {})) == {"input_ids"}
-    assert set(call_inputs((ids, mask), {"labels": labels, "use_cache": False})) == {
-        "input_ids",
-        "attention_mask",
-        "labels",
-    }
-    assert call_inputs((), {"input_ids": ids, "attention_mask": None})["input_ids"].data_ptr() == ids.data_ptr()
-    assert set(call_inputs((), {"input_ids": ids, "attention_mask": None})) == {"input_ids"}
+    lm = tiny_lm(name)
+    for module in (lm, anatomy_of(lm).decoder):
+        second = list(inspect.signature(module.forward).parameters)[1]  # of GPT-2 it is no mask
+        found = call_inputs(module, (ids, mask), {"labels": labels, "use_cache": False})
+        assert set(found) == {"input_ids", second, "labels"}
+        assert call_inputs(module, (), {"input_ids": ids, "labels": None})["input_ids"].data_ptr() == ids.data_ptr()
+        assert set(call_inputs(module, (ids, None), {"attention_mask": None})) == {"input_ids"}

@@ -213,6 +213,12 @@ class Anatomy:
         return self.lm.get_submodule(self.family.layers.rpartition(".")[0])
 
     @property
+    def head(self) -> nn.Module:
+        """The module that makes logits of the decoder's output."""
+        head: nn.Module = self.lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return head
+
+    @property
     def num_layers(self) -> int:
         """How many decoder layers the model has now."""
         return len(self.layers)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightprune.anatomy import Structure
-from lightprune.errors import check_choice, check_number
+from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.groups import Norm
 from lightprune.observe import TokenMask, on_output
 from lightprune.pipeline import Status
@@ -50,6 +50,7 @@ class DifferencePenalty(Regularizer):
     """
 
     acts_on = frozenset[Structure]({"layers"})
+    hooks_layers = True
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class DifferencePenalty(Regularizer):
         self._strengths: dict[int, float] = {}
         self._seen: dict[int, list[Tensor]] = defaultdict(list)
         self._tokens = TokenMask()
+        self._ran_without_gradients = False
         self._last = torch.zeros(())
 
     def check_settings(self) -> None:
@@ -88,7 +90,10 @@ class DifferencePenalty(Regularizer):
 
     def _record(self, index: int) -> Callable[[Tensor, Tensor], None]:
         def use(hidden_in: Tensor, hidden_out: Tensor) -> None:
-            if index not in self._strengths or not self.pipeline.training:
+            if index not in self._strengths:
+                return
+            if not self.pipeline.training:
+                self._ran_without_gradients = True
                 return
             change = layer_difference(hidden_in, hidden_out, self.norm)
             if self.relative:
@@ -100,6 +105,7 @@ class DifferencePenalty(Regularizer):
 
     def apply(self, elapsed: float) -> None:
         self._seen.clear()  # of a batch that was skipped
+        self._ran_without_gradients = False
         self._strengths = {
             index: self.strength * (share if self.ramp == "linear" else 1.0)
             for index, share in ramps(self._layers, elapsed, self.order).items()
@@ -109,6 +115,13 @@ class DifferencePenalty(Regularizer):
         """The penalty of the forward passes since the last call (usually one; their mean if several)."""
         seen = {index: torch.stack(values).mean() for index, values in self._seen.items()}
         self._seen.clear()
+        blind, self._ran_without_gradients = self._ran_without_gradients, False
+        if not seen and blind and self._strengths:
+            raise ConfigError(
+                "DifferencePenalty would do nothing: in a pass that trains, the layers that it acts on ran without "
+                "gradients. Do not checkpoint them with use_reentrant=True by yourself; "
+                "`gradient_checkpointing_enable` of transformers>=5.23 works either way."
+            )
         if not seen:
             return None
         self._last = torch.stack([value.detach() for value in seen.values()]).sum()
@@ -119,6 +132,7 @@ class DifferencePenalty(Regularizer):
         self._layers = []
         self._strengths = {}
         self._seen.clear()
+        self._ran_without_gradients = False
 
     def status(self) -> Status:
         return {"difference": float(self._last)} if self._layers else {}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
 from lightprune.finish import FinishingCallback
-from lightprune.host import data_of, find_causal_lm, is_training_pass, log_metrics, run_validation
+from lightprune.host import data_of, find_causal_lm, has_validation, is_training_pass, log_metrics, run_validation
 from lightprune.metrics import DomainLoss
 from lightprune.partitioned import parameter_count
 from lightprune.pipeline import Pipeline
@@ -22,6 +22,7 @@ from lightprune.reweighting.checks import (
     check_length,
     check_settings,
     check_validated,
+    check_validation,
     initial_ratio,
     warn_of_equal_shares,
     warn_of_rare_updates,
@@ -165,6 +166,8 @@ class DomainReweighting(FinishingCallback):
                 f"DomainReweighting.reference='source' is measured before the first step, and this fit begins at step "
                 f"{self._step} without a checkpoint that holds it: give the references as a mapping, or 'dynamic'."
             )
+        if self._validation_wanted(trainer):
+            check_validation(self, has_validation(trainer))  # only now are the loaders there: they may be empty
         if self.dynamic_ratio:
             warn_of_equal_shares(self._mixer.initial)
         warn_of_rare_updates(self, trainer, self._end)
@@ -210,6 +213,7 @@ class DomainReweighting(FinishingCallback):
         return (self._step - self.start) // self.every > (before - self.start) // self.every
 
     def _update(self, trainer: L.Trainer) -> None:
+        self._training.check()  # this is where the device is waited for
         losses, recent = self._current_losses()
         observation = self._observe(trainer, recent)
         compared = self._mixer.update(losses, self._reference.update(observation), observation.progress)

@@ -62,8 +62,21 @@ def check_data(settings: "DomainReweighting", trainer: L.Trainer) -> None:
         )
     if isinstance(settings.reference, Mapping):
         _check_mapping(settings.reference, list(data.domain_names))
+    check_validation(settings, trainer.enable_validation)
+
+
+def check_validation(settings: "DomainReweighting", there_is: bool) -> None:
+    """Refuse settings that need validation in a run without.
+
+    Args:
+        settings: of the callback.
+        there_is: whether the run validates.
+
+    Raises:
+        ConfigError: it says what is missing.
+    """
     wanted = "losses='validation'" if settings.losses == "validation" else "reference='source'"
-    if (settings.losses == "validation" or settings.reference == "source") and not trainer.enable_validation:
+    if (settings.losses == "validation" or settings.reference == "source") and not there_is:
         raise ConfigError(
             f"DomainReweighting.{wanted} needs validation, and this run has none: give it validation data and a "
             "validation_step, set trainer.limit_val_batches above 0, or set losses='training' with reference='dynamic' "

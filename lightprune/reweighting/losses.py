@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
-from lightprune.metrics import IGNORE_INDEX, token_losses, widest
+from lightprune.metrics import IGNORE_INDEX, places_of, token_losses, widest
 
 EMA = 0.1
 """What the newest step's loss weighs in the running mean (DRPruning, arXiv 2411.14055)."""
@@ -48,6 +48,7 @@ class DomainBatch:
                     "`domain_names`; put it into what the data module's loaders yield."
                 )
         found = batch["domain"]
+        # Elsewhere this would wait for the device: `TrainingLosses` and `DomainLoss` count such samples there.
         if found.device.type == "cpu" and len(found) and not 0 <= int(found.min()) <= int(found.max()) < domains:
             raise ConfigError(
                 f"DomainReweighting got a batch whose `domain` is {found.tolist()}, but it must be an index from 0 to "
@@ -110,12 +111,19 @@ class SampleLosses:
             self._handle = None
 
     def _watch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        logits, batch = getattr(output, "logits", None), self._batch
+        logits, batch = _logits_of(output), self._batch
         if batch is None or self._seen is not None or not isinstance(logits, Tensor) or not self._watching():
             return
         if logits.shape[:-1] == batch.labels.shape:
             with torch.no_grad():
                 self._seen = token_losses(logits, batch.labels)
+
+
+def _logits_of(output: Any) -> Any:
+    """The logits in what an LM gives: by name, or with `return_dict=False` first, or behind the loss."""
+    if isinstance(output, tuple) and not hasattr(output, "logits"):
+        return next((value for value in output[:2] if isinstance(value, Tensor) and value.ndim == 3), None)
+    return getattr(output, "logits", None)
 
 
 class TrainingLosses:
@@ -132,7 +140,10 @@ class TrainingLosses:
     def __init__(self, domains: int, device: torch.device, all_reduce: Callable[[Tensor], Tensor]) -> None:
         dtype = widest(device)
         self._all_reduce = all_reduce
-        self._step = torch.zeros(3, domains, dtype=dtype, device=device)  # this rank's, since the last optimizer step
+        self._domains = domains
+        # This rank's, since the last optimizer step; the last column is of samples that are of none of the domains.
+        self._step = torch.zeros(3, domains + 1, dtype=dtype, device=device)
+        self._strays = torch.zeros((), dtype=dtype, device=device)  # all ranks' tokens of such samples
         self._since = torch.zeros(2, domains, dtype=dtype, device=device)  # all ranks', since the last update
         self._tokens = torch.zeros(domains, dtype=torch.int64, device=device)
         self._mean = torch.full((domains,), torch.nan, dtype=dtype, device=device)
@@ -149,13 +160,27 @@ class TrainingLosses:
         mean ← 0.9 mean + 0.1 loss, for the domains that the step's batches held; the first loss is the first mean. A
         loss that is not finite is passed over.
         """
-        tokens, sums, counts = self._all_reduce(self._step)
+        reduced = self._all_reduce(self._step)
         self._step = torch.zeros_like(self._step)
+        self._strays += reduced[0, -1]
+        tokens, sums, counts = reduced[:, :-1]
         self._tokens += tokens.long()
         loss = sums / counts
         known = torch.isfinite(loss)
         self._mean = torch.where(known, torch.where(self._mean.isnan(), loss, self._mean.lerp(loss, EMA)), self._mean)
         self._since += torch.where(known, torch.stack([sums, counts]), 0)
+
+    def check(self) -> None:
+        """Refuse a run in which a sample's domain was none of those that there are; waits for the device.
+
+        Raises:
+            ConfigError: there was one, in a batch of any rank.
+        """
+        if self._strays > 0:
+            raise ConfigError(
+                f"DomainReweighting got a batch whose `domain` holds an index that is not from 0 to {self._domains - 1}"
+                ": it must be each sample's place in the data module's `domain_names`."
+            )
 
     def begin_interval(self) -> None:
         """Begin to count anew for `since_last_update`."""
@@ -189,4 +214,5 @@ class TrainingLosses:
         self._since = torch.tensor(state["since"], dtype=torch.float64).to(self._since)
 
     def _add(self, row: int, batch: DomainBatch, values: Tensor) -> None:
-        self._step[row].index_add_(0, batch.domain.to(self._step.device), values.detach().to(self._step))
+        places = places_of(batch.domain, self._domains, self._domains).to(self._step.device)
+        self._step[row].index_add_(0, places, values.detach().to(self._step))

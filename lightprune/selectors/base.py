@@ -126,6 +126,11 @@ class Selector(Part):
             "batches that run through the model and have a loss."
         )
 
+    @property
+    def needs_backward(self) -> bool:
+        acts = self.hold_weights or super().needs_backward  # held weights have no gradients for `loss.backward()`
+        return acts and self.needs_batches and self.plan is None
+
     def detach(self) -> None:
         self.open = False
         remove_all(self._handles)

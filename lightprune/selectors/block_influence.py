@@ -26,6 +26,8 @@ class BlockInfluenceSelector(LayerSelector):
         protect_last: how many of the last layers may not go.
     """
 
+    hooks_layers = True
+
     def __init__(
         self, drop: int, start: Steps = 0, stop: Steps = 16, protect_first: int = 0, protect_last: int = 0
     ) -> None:

@@ -43,9 +43,6 @@ class PlanFromFile(Selector):
         super().check_settings()
         self._read = None  # the file may be another one by now
 
-    def watch(self) -> None:
-        """Needs no batches."""
-
     def choose(self) -> PruningPlan:
         plan = self._planned
         return replace(plan, provenance={"file": self.path, "made_by": dict(plan.provenance)})

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lightprune.errors import ConfigError
 from lightprune.gates import Bypass, Handle, ReplacedForward, remove_all
 from lightprune.metrics import IGNORE_INDEX, token_losses
 from lightprune.observe import call_inputs, evaluating
@@ -20,9 +22,10 @@ from lightprune.steps import Steps
 class GreedyPerplexitySelector(LayerSelector):
     """Drops, one by one, the layer whose absence costs the least perplexity (SLEB, algorithm 1; a baseline here).
 
-    The batches of the window are kept (their token ids) and searched at its end. In a round every remaining layer is
-    left out in turn; the hidden states that enter it are cached from one pass over the current model, so that a trial
-    runs only the layers behind it: half of the work of running whole passes.
+    The batches of the window are kept (their token ids) and searched at its end. Where the LM is called without labels,
+    or a module calls its decoder for a loss of its own, the loss is that of the next token, padding left out. In a
+    round every remaining layer is left out in turn; the hidden states that enter it are cached from one pass over the
+    current model, so that a trial runs only the layers behind it: half of the work of running whole passes.
 
     Args:
         drop: how many layers go.
@@ -37,13 +40,33 @@ class GreedyPerplexitySelector(LayerSelector):
     ) -> None:
         super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True)
         self._batches: list[dict[str, Tensor]] = []
+        self._labels: Tensor | None = None  # of the pass of the LM that has just begun
 
-    def watch(self) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.pipeline.training:
-                self._batches.append({name: tensor.cpu().clone() for name, tensor in call_inputs(args, kwargs).items()})
+    def advance(self, step: int) -> None:
+        if self.plan is None and not self._handles:  # before the window too: to refuse at once what cannot be searched
+            anatomy = self.pipeline.anatomy
+            self._handles += [
+                anatomy.lm.register_forward_pre_hook(self._note_labels, with_kwargs=True),
+                anatomy.decoder.register_forward_pre_hook(self._keep, with_kwargs=True),
+            ]
+        super().advance(step)
 
-        self._handles.append(self.pipeline.lm.register_forward_pre_hook(hook, with_kwargs=True))
+    def _note_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._labels = call_inputs(module, args, kwargs).get("labels")
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the decoder is given, whoever calls it, and the labels, if the LM itself was called with any."""
+        labels, self._labels = self._labels, None
+        if not self.pipeline.training:
+            return
+        inputs = call_inputs(module, args, kwargs) | ({} if labels is None else {"labels": labels})
+        if not inputs.keys() & {"labels", "input_ids"}:
+            raise ConfigError(
+                "GreedyPerplexitySelector searches by the loss, and the model is called with `inputs_embeds` and "
+                "without `labels`: call the causal LM with `labels`, or use another selector."
+            )
+        if self.open:
+            self._batches.append({name: tensor.cpu().clone() for name, tensor in inputs.items()})
 
     def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         self.detach()
@@ -104,10 +127,13 @@ class GreedyPerplexitySelector(LayerSelector):
         return {"kept": len(self._batches)} if self.open else super().status()
 
     def scores_state(self) -> dict[str, Any]:
-        # Each rank's in turn, as they came: each takes back its own.
+        # Each rank's in turn, as they came: each takes back its own. The search sums over all ranks.
         return {
             "batches": [
-                b for of_ranks in zip(*self.pipeline.engine.gather(self._batches), strict=True) for b in of_ranks
+                batch
+                for of_ranks in zip_longest(*self.pipeline.engine.gather(self._batches))  # a rank may have skipped some
+                for batch in of_ranks
+                if batch is not None
             ]
         }
 
@@ -121,7 +147,7 @@ def _call(lm: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
     if hasattr(lm.config, "output_router_logits"):
         arguments["output_router_logits"] = False
-    return {**arguments, "use_cache": False}
+    return {**arguments, "use_cache": False, "return_dict": True}
 
 
 def entering_states(

@@ -70,6 +70,7 @@ class HardConcreteSelector(Selector):
     """
 
     alters = True
+    folds = True
 
     def __init__(
         self,
@@ -183,10 +184,12 @@ class HardConcreteSelector(Selector):
     def watch(self) -> None:
         self._prepare()
         anatomy = self.pipeline.anatomy
-        self._handles += [
-            anatomy.decoder.register_forward_pre_hook(self._before_forward),
-            anatomy.lm.register_forward_hook(self._after_forward, always_call=True),
-        ]
+        # A module may call the two by themselves; a head that is the embedding takes masks too.
+        for module in (anatomy.decoder, anatomy.head):
+            self._handles += [
+                module.register_forward_pre_hook(self._before_forward),
+                module.register_forward_hook(self._after_forward, always_call=True),
+            ]
         self._attach(self._progress(self.pipeline.step))
 
     def advance(self, step: int) -> None:
@@ -299,7 +302,8 @@ class HardConcreteSelector(Selector):
             self._collect()
             values = self._masks.sampled(self.seed, batch)
             self._draw = _Draw(batch, values, values.leaves())
-        self._units.set(self._draw.leaves)
+        if self._units.values is not self._draw.leaves:
+            self._units.set(self._draw.leaves)
 
     def _after_forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         # A pass on the side must not change what checkpointed layers recompute in the batch's backward.

@@ -46,6 +46,7 @@ class LayerGateSelector(LayerSelector):
     alters = True
     step_settings = ("start", "stop", "steps_per_round")
     steps_per_round: int
+    hooks_layers = True
 
     def __init__(
         self,

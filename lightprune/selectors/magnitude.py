@@ -48,9 +48,6 @@ class MagnitudeUnitSelector(UnitSelector):
         super().check_settings()
         check_choice(self, "norm", self.norm, get_args(Norm))
 
-    def watch(self) -> None:
-        """Needs no batches."""
-
     @torch.no_grad()
     def scores(self) -> Mapping[Unit, Tensor]:
         anatomy = self.pipeline.anatomy

@@ -32,9 +32,6 @@ class RandomSelector(LayerSelector):
         super().check_settings()
         check_number(self, "seed", self.seed, whole=True)
 
-    def watch(self) -> None:
-        """Needs no batches."""
-
     def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         return random.Random(self.seed).sample(self.candidates, self.drop), {"seed": self.seed}
 

@@ -45,9 +45,6 @@ class RandomUnitSelector(UnitSelector):
         super().check_settings()
         check_number(self, "seed", self.seed, whole=True)
 
-    def watch(self) -> None:
-        """Needs no batches."""
-
     def scores(self) -> Mapping[Unit, Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         shape = self.pipeline.anatomy.shape

@@ -1,9 +1,8 @@
 """Taylor: units by what the loss would change, to first order, if they were gone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args
 
-import lightning as L
 import torch
 from torch import Tensor
 
@@ -82,20 +81,31 @@ class TaylorUnitSelector(CalibratedUnitSelector):
 
         return gated
 
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # A batch is what all ranks have of it, as it is to the optimizer.
-        mean = self.pipeline.engine.mean
-        gradients = {unit: mean(gates.grad) for unit, gates in self._gates.items() if gates.grad is not None}
-        if not gradients:
+    def end_batch(self) -> None:
+        if not self._gates:  # the window is not open
             return
+        gradients, seen = self._mean_gradients()
         finite = torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).all()
-        scale = self._loss_scale(finite)
+        counts, scale = seen & finite, self._loss_scale(finite)
         for unit, gradient in gradients.items():
             sums = self._sums[unit]
-            change = torch.where(finite, gradient / scale, 0).to(sums.dtype)
+            change = torch.where(counts, gradient / scale, 0).to(sums.dtype)
             change = change.square() if self.accumulate == "squared" else change.abs()
-            sums += torch.stack([finite.to(sums.dtype).expand_as(change), change])
+            sums += torch.stack([counts.to(sums.dtype).expand_as(change), change])
             self._gates[unit].grad = None
+
+    def _mean_gradients(self) -> tuple[dict[Unit, Tensor], Tensor]:
+        """The gates' gradients in this batch, and whether there are any, without waiting for the device.
+
+        A batch is what all ranks have of it, as it is to the optimizer: their mean, in one reduction that every rank
+        takes part in. One that has skipped the batch counts as zeros.
+        """
+        pieces = {u: torch.zeros_like(g) if g.grad is None else g.grad for u, g in self._gates.items()}
+        seen = any(gates.grad is not None for gates in self._gates.values())
+        flat = torch.cat([piece.flatten() for piece in pieces.values()])
+        mean = self.pipeline.engine.mean(torch.cat([flat, flat.new_full((1,), seen)]))
+        parts = torch.split(mean[:-1], [piece.numel() for piece in pieces.values()])
+        return {unit: part.view_as(pieces[unit]) for unit, part in zip(pieces, parts, strict=True)}, mean[-1] > 0
 
     def _loss_scale(self, finite: Tensor) -> Tensor:
         """What the loss was multiplied by; while no optimizer steps, this lowers it after an overflow."""
@@ -108,9 +118,21 @@ class TaylorUnitSelector(CalibratedUnitSelector):
             scaler.update(torch.where(finite, scale, scale * scaler.get_backoff_factor()))
         return scale
 
+    def scores(self) -> Mapping[Unit, Tensor]:
+        self.end_batch()  # callbacks that are called before the parts may ask for them
+        return super().scores()
+
+    def scores_state(self) -> dict[str, Any]:
+        self.end_batch()
+        return super().scores_state()
+
     def score(self, unit: Unit, sums: Tensor) -> Tensor:
         scores = sums[1] / sums[0].clamp(min=1)
         return scores[0] if unit == "hidden" else scores
+
+    @property
+    def needs_backward(self) -> bool:
+        return self.plan is None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -2,18 +2,21 @@
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lightprune import DifferencePenalty, GateAnnealing, PlanFromFile, PruningPlan, StructuredCut
+from lightprune import ConfigError, DifferencePenalty, GateAnnealing, PlanFromFile, PruningPlan, StructuredCut
 from lightprune.anatomy import anatomy_of
 from lightprune.regularizers.difference import Norm, layer_difference
 from tests.families import FAMILIES, left_padded, tiny_lm
-from tests.training import Batch, Plain, Spy, assert_close, batches, fit, gradients
+from tests.training import Batch, Plain, Spy, assert_close, assert_equal, batches, fit, gradients, weights
 
 DROP = [1, 4]
 STRENGTH = 0.7
@@ -252,3 +255,42 @@ def test_validation_adds_nothing_to_the_next_step(plan_file: Any) -> None:
 
     plain, validated = run(None), run(1)
     assert all(torch.equal(plain[name], validated[name]) for name in plain)
+
+
+def checkpoint_calls(lm: PreTrainedModel) -> None:
+    """Checkpoint the calls of layers, with all hooks, as transformers did before 5.23, and as an owner may do."""
+    kind = type(anatomy_of(lm).layers[0])
+
+    class Checkpointed(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            return checkpoint(partial(super().__call__, **kwargs), *args, use_reentrant=True)
+
+    for layer in anatomy_of(lm).layers:
+        layer.__class__ = Checkpointed
+
+
+def test_layers_that_run_without_gradients_are_refused(plan_file: Any) -> None:
+    module = Plain()
+    checkpoint_calls(module.lm)
+    before = weights(module)
+    with pytest.raises(ConfigError, match=r"DifferencePenalty would do nothing.*ran without gradients"):
+        fit(module, [plan_file(module.lm, DROP), DifferencePenalty(STRENGTH, stop=4)], batches(2), max_steps=2)
+    assert_equal(weights(module), before)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_hooks_that_transformers_would_checkpoint_are_refused(
+    reentrant: bool, plan_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before 5.23, by what tells those versions apart."""
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", torch.nn.Module.__call__, raising=False)
+    module = Plain()
+    module.lm.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    parts = [plan_file(module.lm, DROP), DifferencePenalty(STRENGTH, stop=4)]
+    before = weights(module)
+    with pytest.raises(
+        ConfigError, match=r"hooks of DifferencePenalty twice: install transformers>=5.23 .*, or switch"
+    ):
+        fit(module, parts, batches(2), max_steps=2)
+    assert_equal(weights(module), before)
+    fit(module, [plan_file(module.lm, DROP), StructuredCut(at=1)], batches(2), max_steps=2)  # no hooks on layers

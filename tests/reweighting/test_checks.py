@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightprune.errors import ConfigError
 from lightprune.reweighting import DomainReweighting
+from lightprune.reweighting.losses import DomainBatch
 from tests.reweighting.runs import DOMAINS, Stranger, fit, text_data, write_texts
-from tests.training import Spy
+from tests.training import Batches, Spy
 
 NOTHING = dict.fromkeys(DOMAINS, 0.0)
 
@@ -84,6 +85,10 @@ def test_no_validation(folder: Path, options: dict[str, Any], wanted: str) -> No
         validation_step = L.LightningModule.validation_step
 
     refused(folder, f"{wanted}.*needs validation", options, module=Silent())
+
+    data = text_data(folder)
+    data.val_dataloader = lambda: Batches([])
+    refused(folder, f"{wanted}.*needs validation", options, data=data)
 
 
 def test_a_domain_without_validation_data(folder: Path) -> None:
@@ -168,3 +173,34 @@ def test_a_checkpoint_without_reweighting(folder: Path, tmp_path: Path) -> None:
     fit(folder, [], 2, Stranger()).save_checkpoint(tmp_path / "2.ckpt")
     refused(folder, "begins at step 2 without a checkpoint", {}, ckpt_path=tmp_path / "2.ckpt")
     fit(folder, [DomainReweighting(reference=NOTHING)], 4, Stranger(), ckpt_path=tmp_path / "2.ckpt")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks into no batch as it comes: on a GPU that would wait for the device."""
+
+    def of(cls: type[DomainBatch], batch: Any, domains: int) -> DomainBatch:
+        return cls(batch["labels"], batch["domain"])
+
+    monkeypatch.setattr(DomainBatch, "of", classmethod(of))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_domain_out_of_range_is_refused_at_the_next_update(folder: Path) -> None:
+    class Astray(Stranger):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            if self.trainer.training:
+                batch["domain"] = batch["domain"] + len(DOMAINS)
+            return batch
+
+    with pytest.raises(ConfigError, match="`domain` holds an index that is not from 0 to 2"):
+        fit(folder, [DomainReweighting(every=2)], module=Astray())
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_domain_out_of_range_in_validation(folder: Path) -> None:
+    class Astray(Stranger):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch | {"domain": batch["domain"] + 1}
+
+    refused(folder, "`domain` holds an index that is not from 0 to 2", {}, module=Astray())

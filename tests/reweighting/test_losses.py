@@ -55,7 +55,7 @@ def test_running_means_follow_a_loop() -> None:
 
 def test_ranks_add_up() -> None:
     """What a rank adds is summed with the others' before anything is divided."""
-    others = torch.tensor([[10.0, 0.0], [9.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
+    others = torch.tensor([[10.0, 0.0, 0.0], [9.0, 0.0, 0.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
     training = TrainingLosses(2, torch.device("cpu"), lambda mine: mine + others)
     training.add(batch_of([0]), losses_of([6.0], [2]))
     training.step()
@@ -144,3 +144,18 @@ LABELS = torch.zeros(2, 4, dtype=torch.int64)
 def test_batches_that_tell_no_domain_are_refused(batch: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DomainBatch.of(batch, 2)
+
+
+@pytest.mark.parametrize("index", [-1, 2, 99])
+def test_a_domain_that_is_none_is_found_without_waiting_for_a_device(index: int) -> None:
+    """As a GPU's batches are treated; those of a CPU are refused as they come."""
+    losses = TrainingLosses(2, torch.device("cpu"), lambda sums: 2 * sums)
+    labels = torch.ones(2, 3, dtype=torch.int64)
+    losses.add(DomainBatch(labels, torch.tensor([0, 1])), (torch.ones(2), torch.ones(2)))
+    losses.step()
+    losses.check()
+    losses.add(DomainBatch(labels, torch.tensor([0, index])), (torch.ones(2), torch.ones(2)))
+    losses.step()
+    assert losses.tokens.tolist() == [8, 4]
+    with pytest.raises(ConfigError, match="`domain` holds an index that is not from 0 to 1"):
+        losses.check()
