@@ -1,24 +1,24 @@
 """`LightpruneCLI`: LightningCLI with pruning's verbs, and the entry point."""
 
-import os
+import json
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+import lightprune
+from lightprune.cli.collection import no_collection
+from lightprune.cli.early import VERBS
+from lightprune.cli.mistakes import explain
+from lightprune.cli.overrides import CallbackConfig, apply_overrides, split_overrides
 from lightprune.cli.trainer import PruningTrainer
-from lightprune.data import DomainCounts
 from lightprune.errors import ConfigError
-from lightprune.progress import PruningProgressBar
-from lightprune.random_state import RandomState
-from lightprune.report import RunReport
-from lightprune.run_checks import check_checkpoint
 
 # What reads or reshapes a model and trains nothing runs on any machine, whatever the config trains on.
 OFFLINE = {
@@ -32,20 +32,40 @@ OFFLINE = {
 }
 
 
+# The callbacks that a run has without naming them in its config.
+DEFAULT_CALLBACKS = {
+    "PruningProgressBar": "lightprune.PruningProgressBar",
+    "RunReport": "lightprune.RunReport",
+    "RandomState": "lightprune.RandomState",
+    "DomainCounts": "lightprune.data.DomainCounts",
+}
+
+# Public names that are no callbacks.
+_OTHERS = {"Anatomy", "CausalLM", "ConfigError", "Family", "Pipeline", "PruningPlan", "anatomy_of", "export_hf"}
+
+# Said in each command's help, as the parser itself names only classes that are imported already.
+ABOUT = (
+    "--callback.NAME.ARGUMENT VALUE sets one argument of one callback of the config, such as "
+    "--callback.StructuredCut.at 64. lightprune brings the model lightprune.CausalLM, the data "
+    "lightprune.data.TextDataModule and the callbacks "
+    + ", ".join(f"lightprune.{name}" for name in lightprune.__all__ if name not in _OTHERS)
+    + "."
+)
+
+
 class LightpruneCLI(LightningCLI):
     """LightningCLI for any module and data module, by `class_path`, with pruning's verbs and defaults."""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
             trainer_class=PruningTrainer,
-            trainer_defaults={"use_distributed_sampler": False},
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # Raise what argparse would print below a page of usage.
             parser_kwargs={
                 "exit_on_error": False,
-                **{verb: {"exit_on_error": False} for verb in self.subcommands()},
+                **{verb: {"exit_on_error": False, "description": _description(verb)} for verb in VERBS},
             },
             args=None if args is None else list(args),
         )
@@ -55,18 +75,66 @@ class LightpruneCLI(LightningCLI):
         """The verbs, each with the arguments that come from the config."""
         verbs = LightningCLI.subcommands()
         ours = {"model", "datamodule"}
-        return {name: verbs[name] for name in ("fit", "validate", "test")} | {"plan": ours, "export": ours}
+        return {name: verbs.get(name, ours) for name in VERBS}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Let `--overwrite` stand alone, as a flag does."""
+        """Read the arguments and the config files; `--callback.NAME.ARGUMENT` sets one argument of a callback there."""
+        # Let `--overwrite` stand alone, as a flag does.
         overwrite = self._subcommand_parsers["export"]._option_string_actions["--overwrite"]
         overwrite.nargs, overwrite.const = "?", True
-        super().parse_arguments(parser, args)
+        given = args if isinstance(args, list) else sys.argv[1:]
+        with no_collection():  # the config's classes are imported here
+            arguments, overrides = split_overrides(given)
+            if overrides and not {"-h", "--help"} & set(arguments):
+                callbacks = apply_overrides(self._callbacks_of(arguments), overrides, DEFAULT_CALLBACKS)
+                arguments.append(f"--trainer.callbacks={json.dumps(callbacks)}")
+            self.config = self._parse(arguments)
+
+    def _callbacks_of(self, arguments: Sequence[str]) -> list[CallbackConfig]:
+        """The callbacks of the config that results from the arguments, with all of their `init_args`."""
+        config = self._parse([argument for argument in arguments if not argument.startswith("--print_config")])
+        settings = json.loads(self.parser.dump(config, skip_none=False, format="json"))
+        callbacks = settings[config.subcommand]["trainer"]["callbacks"] or []
+        return callbacks if isinstance(callbacks, list) else [callbacks]
+
+    def _parse(self, arguments: Sequence[str]) -> Namespace:
+        try:
+            return self._parse_known(arguments)
+        except ArgumentError as error:
+            verb = next((argument for argument in arguments if argument in VERBS), "lightprune")
+            settings = list(self._subcommand_parsers[verb].get_defaults().keys()) if verb in VERBS else []
+            raise ConfigError(explain(str(error), verb, settings, self._guess_callbacks(arguments))) from error
+
+    def _parse_known(self, arguments: Sequence[str]) -> Namespace:
+        """Parse; a class of lightprune may be named without its module, and the parser knows only imported classes."""
+        try:
+            return self.parser.parse_args(arguments)
+        except ArgumentError as error:
+            if "Expected a dot import path string" not in str(error):
+                raise
+            for name in (*lightprune.__all__, "data", "strategies"):
+                getattr(lightprune, name)
+            return self.parser.parse_args(arguments)
+
+    def _guess_callbacks(self, arguments: Sequence[str]) -> list[str]:
+        """The class paths of the config's callbacks, if it can be read without the options that address them."""
+        plain = [argument for argument in arguments if not re.match(r"--trainer\.callbacks\.\S+=", argument)]
+        for index in reversed(range(len(plain))):
+            if plain[index].startswith("--trainer.callbacks."):
+                del plain[index : index + 2]
+        if len(plain) == len(arguments):
+            return []
+        try:
+            return [callback["class_path"] for callback in self._callbacks_of(plain)]
+        except (ArgumentError, ConfigError):
+            return []
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning reads the hyperparameters in a checkpoint before there is a trainer."""
+        """Lightning reads the hyperparameters in a checkpoint before there is a trainer, and a missing one after it."""
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and Path(path).is_file():
+        if path and path not in ("last", "best", "hpc") and not str(path).startswith("registry"):
+            from lightprune.run_checks import check_checkpoint
+
             check_checkpoint(path)
         super()._parse_ckpt_path()
 
@@ -81,12 +149,21 @@ class LightpruneCLI(LightningCLI):
         offline = OFFLINE if self.subcommand in ("plan", "export") else {}
         try:
             return super().instantiate_trainer(callbacks=callbacks, **offline, **kwargs)
-        except (ValueError, RuntimeError) as error:  # of an argument of the Trainer's, or two callbacks with one state
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # of an argument of the Trainer's, or two callbacks with one state
             raise ConfigError(str(error)) from error
 
 
 def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[Callback]:
     """The callbacks that every run has, less those that `given` already provides."""
+    from lightprune.data import DomainCounts
+    from lightprune.progress import PruningProgressBar
+    from lightprune.random_state import RandomState
+    from lightprune.report import RunReport
+
     defaults: list[Callback] = []
     if progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
         defaults.append(PruningProgressBar())
@@ -96,30 +173,5 @@ def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[
     return defaults
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; a mistake of the user's is one sentence on stderr and status 2.
-
-    Args:
-        args: the arguments; None for those of the process. LIGHTPRUNE_DEBUG=1 in the environment shows tracebacks.
-
-    Returns:
-        The exit status.
-    """
-    try:
-        LightpruneCLI(args)
-    except Exception as error:
-        mistake = _user_mistake(error)
-        if mistake is None or os.environ.get("LIGHTPRUNE_DEBUG") == "1":
-            raise
-        print(mistake, file=sys.stderr)
-        return 2
-    return 0
-
-
-def _user_mistake(error: BaseException | None) -> str | None:
-    """What the user got wrong, if `error` is about that: jsonargparse wraps what a constructor raises."""
-    while error is not None:
-        if isinstance(error, ConfigError | ArgumentError | MisconfigurationException):
-            return str(error)
-        error = error.__cause__
-    return None
+def _description(verb: str) -> str:
+    return f"{verb}: {VERBS[verb]}. {ABOUT}"

@@ -2,25 +2,30 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
 
-from lightprune.cli.forecast import forecast
 from lightprune.errors import ConfigError
-from lightprune.export import card_of, check_target, export_hf, tokenizer_of
-from lightprune.host import find_causal_lm
-from lightprune.pipeline import Part, Pipeline
-from lightprune.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from lightprune.pipeline import Pipeline
+    from lightprune.plan import PruningPlan
 
 
 class PruningTrainer(pl.Trainer):
-    """A Trainer with the two verbs that need a model and no training."""
+    """A Trainer with the two verbs that need a model and no training.
+
+    What they need is imported in them: the command line reads this class's arguments also where it only prints help.
+    """
 
     def plan(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
         """Print what a config would cut, when, and the shape that results; trains nothing."""
+        from rich.console import Console
+
+        from lightprune.cli.forecast import forecast
+
         with self._pipeline(model, stage="fit") as pipeline:
             Console().print(forecast(pipeline))
 
@@ -43,6 +48,8 @@ class PruningTrainer(pl.Trainer):
             overwrite: replace `output` if it exists.
             weights_only: as in `fit`.
         """
+        from lightprune.export import card_of, check_target, export_hf, tokenizer_of
+
         if ckpt_path == "last":
             ckpt_path = _last_of(self)
         check_target(output, overwrite=overwrite, key="output")
@@ -58,8 +65,10 @@ class PruningTrainer(pl.Trainer):
         print(f"Exported to {target}")
 
     @contextmanager
-    def _pipeline(self, model: pl.LightningModule, *, stage: str) -> Iterator[Pipeline]:
+    def _pipeline(self, model: pl.LightningModule, *, stage: str) -> Iterator["Pipeline"]:
         """The pipeline of the trainer's callbacks around the built model, as `fit` would make it."""
+        from lightprune.pipeline import Part, Pipeline
+
         self.strategy.connect(model)
         for callback in self.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Part):
@@ -82,7 +91,7 @@ def _last_of(trainer: pl.Trainer) -> str:
     return str(found)
 
 
-def restore(pipeline: Pipeline, checkpoint: Mapping[str, Any], *, source: str) -> PruningPlan:
+def restore(pipeline: "Pipeline", checkpoint: Mapping[str, Any], *, source: str) -> "PruningPlan":
     """Load a checkpoint's pruning states and the language model's weights.
 
     Returns:
@@ -91,6 +100,8 @@ def restore(pipeline: Pipeline, checkpoint: Mapping[str, Any], *, source: str) -
     Raises:
         ConfigError: the checkpoint holds an uncut model, or weights that are not those of this model.
     """
+    from lightprune.host import find_causal_lm
+
     for part in pipeline.parts:
         if part.state_key in checkpoint["callbacks"]:
             part.load_state_dict(checkpoint["callbacks"][part.state_key])

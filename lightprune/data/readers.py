@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import datasets
-import pyarrow.parquet as parquet
+from typing import TYPE_CHECKING, Any
 
 from lightprune.errors import ConfigError
+
+if TYPE_CHECKING:
+    import datasets
 
 _CHUNK = 2**20  # characters
 
@@ -54,7 +54,7 @@ def read_files(paths: Sequence[Path], field: str, separator: str | None, domain:
             raise ConfigError(f"{key_of(domain)}.files names {path}, which is not UTF-8 text.") from error
 
 
-def rows(dataset: datasets.IterableDataset, field: str, domain: str) -> Iterator[Any]:
+def rows(dataset: "datasets.IterableDataset", field: str, domain: str) -> Iterator[Any]:
     """Yields a field of a streamed data set, never reading beyond the row that it yields.
 
     Raises:
@@ -73,7 +73,7 @@ def rows(dataset: datasets.IterableDataset, field: str, domain: str) -> Iterator
         yield row[field]
 
 
-def column(dataset: datasets.Dataset, field: str, domain: str) -> Iterator[Any]:
+def column(dataset: "datasets.Dataset", field: str, domain: str) -> Iterator[Any]:
     """Yields a column of a data set that is all there.
 
     Raises:
@@ -98,6 +98,8 @@ def _text(path: Path, separator: str | None) -> Iterator[str]:
 
 
 def _parquet(path: Path, field: str, domain: str) -> Iterator[Any]:
+    from pyarrow import parquet
+
     try:
         table = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:

@@ -4,14 +4,15 @@ import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import datasets
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightprune.data.builtin import BUILTIN
 from lightprune.data.readers import as_texts, column, first_line, key_of, read_files
 from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.hub import PACKAGE_SCHEME, package_path
+
+if TYPE_CHECKING:
+    import datasets  # takes half a second, and pandas with it: imported where a source needs it
 
 _KINDS = ("hub", "saved", "files", "builtin")
 _STREAMED = ("hub", "files")
@@ -101,7 +102,7 @@ class Source:
         """
         return as_texts(self._values(domain), self.text, domain)
 
-    def load_stream(self, domain: str) -> datasets.IterableDataset:
+    def load_stream(self, domain: str) -> "datasets.IterableDataset":
         """The hub's data set, to be read without being downloaded first.
 
         Raises:
@@ -131,12 +132,16 @@ class Source:
     # Every backend (hub, file systems, formats) raises its own kinds of errors; all of them mean the same to a user.
 
     def _from_hub(self, domain: str, **options: Any) -> Any:
+        import datasets
+
         try:
             return datasets.load_dataset(self.hub, self.subset, split=self.split, revision=self.revision, **options)
         except Exception as error:
             raise ConfigError(f"{key_of(domain)} cannot be loaded: {first_line(error)}.") from error
 
-    def _from_disk(self, domain: str) -> datasets.Dataset:
+    def _from_disk(self, domain: str) -> "datasets.Dataset":
+        import datasets
+
         try:
             saved = datasets.load_from_disk(str(Path(str(self.saved)).expanduser()))
         except Exception as error:
