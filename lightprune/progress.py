@@ -37,6 +37,7 @@ class PruningProgressBar(TQDMProgressBar):
         self._loss: torch.Tensor | None = None
         self._accumulated = 1  # the batches of one step: the loss of each comes divided by them
         self._steps: int | None = None  # of the whole run, if that is what the bar counts
+        self._done: float = 0  # of what the bar counts
         self._next_update = 0.0
 
     def init_train_tqdm(self) -> Tqdm:
@@ -72,19 +73,21 @@ class PruningProgressBar(TQDMProgressBar):
         super().on_validation_start(trainer, pl_module)
         if trainer.sanity_checking:
             self.val_progress_bar.total = _length(trainer.num_sanity_val_batches)
-        elif self._steps is not None and trainer.state.fn == "fit":
-            self.train_progress_bar.n = trainer.global_step
+        elif trainer.state.fn == "fit":
+            self._move()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar, with its total, before anything else takes its time."""
         self._steps = _steps_of(trainer, pl_module)
         self._next_update = 0.0
         super().on_train_start(trainer, pl_module)
+        self._done = self.train_progress_bar.n
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Begin the epoch's bar; in the bar of a whole run, let the time of the first epoch begin."""
         bar = self.train_progress_bar
         if self._steps is None:
+            self._done = 0
             super().on_train_epoch_start(trainer, *args)
         elif not bar.disable and bar.n == bar.initial:  # validation may have come before it
             bar.start_t = bar.last_print_t = time.time()
@@ -96,20 +99,17 @@ class PruningProgressBar(TQDMProgressBar):
         self._loss = _loss_of(outputs)
         self._accumulated = trainer.accumulate_grad_batches
         bar = self.train_progress_bar
-        done = batch_idx + 1 if self._steps is None else trainer.global_step
-        if self.is_disabled or bar.disable or not self._due(batch_idx + 1, last=done == bar.total):
+        self._done = batch_idx + 1 if self._steps is None else trainer.global_step
+        if self.is_disabled or bar.disable or not self._due(batch_idx + 1, last=self._done == bar.total):
             return
-        bar.n = done
+        self._move()
         bar.set_description(self._description(trainer), refresh=False)
         bar.set_postfix(self.get_metrics(trainer, pl_module))
         self._next_update = time.monotonic() + bar.mininterval
 
     def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Show how far the run came."""
-        bar = self.train_progress_bar
-        if self._steps is not None and not bar.disable:
-            bar.n = trainer.global_step
-            bar.refresh()
+        self._move()
         super().on_train_end(trainer, *args)
 
     def get_metrics(
@@ -123,6 +123,11 @@ class PruningProgressBar(TQDMProgressBar):
         unknown = self._loss is None or "train/loss" in metrics
         loss = {} if self._loss is None or unknown else {"loss": self._loss.item() * self._accumulated}
         return {**loss, **metrics, **status}
+
+    def _move(self) -> None:
+        """Let the bar of the training say how far it is, the next time that it is drawn."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.n = self._done
 
     def _due(self, batch: int, *, last: bool) -> bool:
         return last or (batch % self.refresh_rate == 0 and time.monotonic() >= self._next_update)
