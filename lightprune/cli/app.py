@@ -1,14 +1,12 @@
 """`LightpruneCLI`: LightningCLI with pruning's verbs, and the entry point."""
 
 import json
-import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -16,7 +14,8 @@ import lightprune
 from lightprune.cli.collection import no_collection
 from lightprune.cli.early import VERBS
 from lightprune.cli.mistakes import explain
-from lightprune.cli.overrides import CallbackConfig, apply_overrides, split_overrides
+from lightprune.cli.overrides import apply_overrides, split_overrides
+from lightprune.cli.parsing import guess_callbacks, parse, read_callbacks
 from lightprune.cli.trainer import PruningTrainer
 from lightprune.errors import ConfigError
 
@@ -85,49 +84,16 @@ class LightpruneCLI(LightningCLI):
         given = args if isinstance(args, list) else sys.argv[1:]
         with no_collection():  # the config's classes are imported here
             arguments, overrides = split_overrides(given)
-            if overrides and not {"-h", "--help"} & set(arguments):
-                callbacks = apply_overrides(self._callbacks_of(arguments), overrides, DEFAULT_CALLBACKS)
-                arguments.append(f"--trainer.callbacks={json.dumps(callbacks)}")
-            self.config = self._parse(arguments)
-
-    def _callbacks_of(self, arguments: Sequence[str]) -> list[CallbackConfig]:
-        """The callbacks of the config that results from the arguments, with all of their `init_args`."""
-        config = self._parse([argument for argument in arguments if not argument.startswith("--print_config")])
-        settings = json.loads(self.parser.dump(config, skip_none=False, format="json"))
-        callbacks = settings[config.subcommand]["trainer"]["callbacks"] or []
-        return callbacks if isinstance(callbacks, list) else [callbacks]
-
-    def _parse(self, arguments: Sequence[str]) -> Namespace:
-        try:
-            return self._parse_known(arguments)
-        except ArgumentError as error:
-            verb = next((argument for argument in arguments if argument in VERBS), "lightprune")
-            settings = list(self._subcommand_parsers[verb].get_defaults().keys()) if verb in VERBS else []
-            raise ConfigError(explain(str(error), verb, settings, self._guess_callbacks(arguments))) from error
-
-    def _parse_known(self, arguments: Sequence[str]) -> Namespace:
-        """Parse; a class of lightprune may be named without its module, and the parser knows only imported classes."""
-        try:
-            return self.parser.parse_args(arguments)
-        except ArgumentError as error:
-            if "Expected a dot import path string" not in str(error):
-                raise
-            for name in (*lightprune.__all__, "data", "strategies"):
-                getattr(lightprune, name)
-            return self.parser.parse_args(arguments)
-
-    def _guess_callbacks(self, arguments: Sequence[str]) -> list[str]:
-        """The class paths of the config's callbacks, if it can be read without the options that address them."""
-        plain = [argument for argument in arguments if not re.match(r"--trainer\.callbacks\.\S+=", argument)]
-        for index in reversed(range(len(plain))):
-            if plain[index].startswith("--trainer.callbacks."):
-                del plain[index : index + 2]
-        if len(plain) == len(arguments):
-            return []
-        try:
-            return [callback["class_path"] for callback in self._callbacks_of(plain)]
-        except (ArgumentError, ConfigError):
-            return []
+            try:
+                if overrides and not {"-h", "--help"} & set(arguments):
+                    callbacks = apply_overrides(read_callbacks(parser, arguments), overrides, DEFAULT_CALLBACKS)
+                    arguments.append(f"--trainer.callbacks={json.dumps(callbacks)}")
+                self.config = parse(parser, arguments)
+            except ArgumentError as error:
+                verb = next((argument for argument in arguments if argument in VERBS), "lightprune")
+                settings = list(self._subcommand_parsers[verb].get_defaults().keys()) if verb in VERBS else []
+                callbacks_there = guess_callbacks(parser, arguments)
+                raise ConfigError(explain(str(error), verb, settings, callbacks_there)) from error
 
     def _parse_ckpt_path(self) -> None:
         """Lightning reads the hyperparameters in a checkpoint before there is a trainer, and a missing one after it."""

@@ -141,6 +141,9 @@ def _explain_class(body: str, path: str, owner: str, *, implicit: bool) -> str:
         return (
             f"{owner}: class_path is {path!r}, and there is no module {found[1]!r}: correct class_path or PYTHONPATH."
         )
+    if found := re.match(r"\s*the following arguments are required: (.*)", body):
+        needed = found[1].strip()
+        return f"{owner}: {path} needs {needed}: set {'them' if ', ' in needed else 'it'} in init_args."
     if "dot import path" in body or "." not in path:
         return (
             f"{owner}: there is no class {path!r}: class_path must have its module, such as lightprune.StructuredCut."
