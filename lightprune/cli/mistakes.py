@@ -4,11 +4,11 @@ import pydoc
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
-from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+import lightprune
 from lightprune.cli.early import suggestion
 from lightprune.errors import ConfigError
 
@@ -28,6 +28,8 @@ _TYPES = {
     "dict": "a mapping",
     "NoneType": "null",
 }
+_BASES = ("lightning.Callback", "lightning.LightningModule", "lightning.LightningDataModule")
+_CLASS_PATH = "class_path must have its module, as in lightprune.StructuredCut"
 _MOST = 20  # settings that are listed
 _LONGEST = 80  # characters of a value that is shown
 
@@ -89,14 +91,20 @@ def _unknown_option(option: str, verb: str, settings: Sequence[str]) -> str:
 
 
 def _unknown_setting(key: str, verb: str, settings: Sequence[str]) -> str:
-    group, _, name = key.rpartition(".")
-    prefix = f"{group}." if group else ""
-    below = [setting.removeprefix(prefix) for setting in settings if setting.startswith(prefix)]
-    known = dict.fromkeys(setting.partition(".")[0] for setting in below if setting != "config")
-    near = suggestion(name, list(known))
+    names = key.split(".")
+    depth = next(d for d in range(len(names)) if not _below(settings, names[: d + 1]) or d == len(names) - 1)
+    group, name, known = ".".join(names[:depth]), names[depth], _below(settings, names[:depth])
+    near = suggestion(name, known)
     owner = group or f"The config of {verb}"
     what = f"it may have {', '.join(known)}" if len(known) <= _MOST else f"lightprune {verb} --help lists those it has"
     return f"{owner} has no setting {name!r}{near}: {what}."
+
+
+def _below(settings: Sequence[str], path: Sequence[str]) -> list[str]:
+    """The names that follow a path in the settings; an empty one where the path is a setting itself."""
+    prefix = "".join(f"{name}." for name in path)
+    below = [f"{setting}.".removeprefix(prefix) for setting in settings if f"{setting}.".startswith(prefix)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in below if name != "config."))
 
 
 def _which_callback(key: str, value: str, callbacks: Sequence[str]) -> str:
@@ -112,13 +120,19 @@ def _explain_value(message: str, owner: str) -> str:
     """Walk down to what is wrong: the keys and classes on the way say where."""
     if found := _KEY.match(message):
         return _explain_value(found["rest"], f"{owner}.{found['key']}" if owner else found["key"])
-    for problem in _CLASS.finditer(message):
+    # The base class is tried where the config names none, and in vain where another one is wrong.
+    problems = sorted(_CLASS.finditer(message), key=lambda problem: problem["path"] in _BASES)
+    for problem in problems[:1]:
         body = _block(message[problem.end() :], len(problem["indent"]))
-        implicit = problem["path"] in ("lightning.Callback", "lightning.pytorch.Callback")
-        if not implicit or not any(c["path"] != problem["path"] for c in _CLASS.finditer(message)):
-            return _explain_class(body, problem["path"], owner, implicit=implicit)
+        return _explain_class(body, problem["path"], owner)
     if found := _IN_CALLABLE.search(message):
         return _no_argument(found["path"], found["option"], owner)
+    if found := re.search(r"Expected a dot import path string: (.*)", message):
+        return f"{owner}: there is no class {found[1]!r}{suggestion(found[1], lightprune.__all__)}: {_CLASS_PATH}."
+    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", message):
+        return f"{owner}: {found[1]} is not a {found[2]}: name one in class_path."
+    if missing := _missing_class(message, owner):
+        return missing
     expected = [match for match in _EXPECTED.finditer(message) if match["type"].strip()]
     given = _GIVEN.search(message) or next((match for match in expected if match["value"] is not None), None)
     if expected and given is not None:
@@ -128,29 +142,27 @@ def _explain_value(message: str, owner: str) -> str:
     return " ".join(f"{owner}: {first}".split()) if owner else " ".join(first.split())
 
 
-def _explain_class(body: str, path: str, owner: str, *, implicit: bool) -> str:
-    name = path.rpartition(".")[2]
+def _explain_class(body: str, path: str, owner: str) -> str:
+    """What is wrong with a class that a config names, or with the arguments that it gives it."""
+    if _KEY.match(body):
+        return _explain_value(body, path.rpartition(".")[2])
     if found := re.match(r"\s*Option '([^']+)' is not accepted", body):
-        if implicit:
-            return f"{owner} has an entry with {found[1]!r} and without class_path: give class_path and init_args."
+        if path in _BASES:
+            return f"{owner} names no class for {found[1]!r}: give class_path, and the arguments in init_args."
         return _no_argument(path, found[1], owner)
-    if found := re.search(r"module '([^']+)' has no attribute '([^']+)'", body):
-        module: Any = pydoc.locate(found[1])
-        return f"{owner}: {found[1]} has no class {found[2]!r}{suggestion(found[2], dir(module))}: correct class_path."
-    if found := re.search(r"No module named '([^']+)'", body):
-        return (
-            f"{owner}: class_path is {path!r}, and there is no module {found[1]!r}: correct class_path or PYTHONPATH."
-        )
     if found := re.match(r"\s*the following arguments are required: (.*)", body):
         needed = found[1].strip()
         return f"{owner}: {path} needs {needed}: set {'them' if ', ' in needed else 'it'} in init_args."
-    if "dot import path" in body or "." not in path:
-        return (
-            f"{owner}: there is no class {path!r}: class_path must have its module, such as lightprune.StructuredCut."
-        )
-    if _KEY.match(body):
-        return _explain_value(body, name)
-    return " ".join(f"{owner}: {path}: {body}".split())
+    return _missing_class(body, owner) or " ".join(f"{owner}: {path}: {body}".split())
+
+
+def _missing_class(message: str, owner: str) -> str | None:
+    if found := re.search(r"module '([^']+)' has no attribute '([^']+)'", message):
+        near = suggestion(found[2], dir(pydoc.locate(found[1])))
+        return f"{owner}: {found[1]} has no class {found[2]!r}{near}: correct class_path."
+    if found := re.search(r"No module named '([^']+)'", message):
+        return f"{owner}: there is no module {found[1]!r}, which class_path names: correct it, or set PYTHONPATH."
+    return None
 
 
 def _no_argument(path: str, option: str, owner: str) -> str:
