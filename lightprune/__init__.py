@@ -95,16 +95,25 @@ _HOMES = {
 }
 
 
+# Modules that are there as attributes only once they are imported: the command line's parser asks every package on the
+# way to a command for a name like the command's, and need not wait for them.
+_NOT_BY_NAME = ("export", "plan")
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name, or a module of the package, when it is first asked for (PEP 562)."""
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+    elif not name.startswith("_") and name not in _NOT_BY_NAME and _has_module(name):
         value = importlib.import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(f"{__name__}.{name}") is not None
 
 
 def __dir__() -> list[str]:

@@ -42,7 +42,7 @@ def test_the_package_by_itself_imports_nothing_heavy(tmp_path: Path) -> None:
     script = "import json, sys, lightprune; lightprune.ConfigError; print(json.dumps([0, sorted(sys.modules)]))"
     _, modules = imported(script, folder=tmp_path)
     assert {"lightprune", "lightprune.errors"} <= modules
-    assert modules.isdisjoint({"torch", "lightning", "transformers", "numpy", "datasets", "rich"})
+    assert not modules & {"torch", "lightning", "transformers", "numpy", "datasets", "rich"}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_first_answers_need_no_torch(tmp_path: Path, status: int, arguments: lis
     found, modules = imported(MAIN, *arguments, folder=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert found == status
-    assert modules.isdisjoint({"torch", "lightning", "transformers", "numpy"})
+    assert not modules & {"torch", "lightning", "transformers", "numpy"}
     # A tenth of a second here; with torch it would be several.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
@@ -87,7 +87,7 @@ def test_a_mistake_is_found_before_what_it_does_not_need(
     found, modules = imported(MAIN, *arguments, folder=tmp_path)
     assert found == status
     assert "lightning.pytorch.cli" in modules
-    assert modules.isdisjoint({"datasets", "pandas", "deepspeed", "peft"} | unused)
+    assert not modules & ({"datasets", "pandas", "deepspeed", "peft"} | unused)
 
 
 def test_public_names_are_there_when_asked_for() -> None:
