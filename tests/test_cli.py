@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,28 @@ def test_export_refuses_an_uncut_checkpoint(
     assert main(["export", *configs, "--ckpt_path", str(early), "--output", "exported"]) == 2
     assert "uncut" in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()
+
+
+def test_an_argument_of_a_callback_from_the_command_line(configs: list[str], tmp_path: Path) -> None:
+    """It acts, and config.yaml says so: a run from that file is the same."""
+    assert main(["fit", "--callback.RandomSelector.drop", "1", *configs, "--callback.StructuredCut.at=3"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["after"]["layers"], summary["cut_steps"]) == (LAYERS - 1, [3])
+    saved = yaml.safe_load(next((tmp_path / "run").rglob("config.yaml")).read_text())
+    selector, _, cut = saved["trainer"]["callbacks"]
+    assert (selector["init_args"]["drop"], cut["init_args"]["at"]) == (1, 3)
+
+
+def test_classes_of_lightprune_need_no_module(configs: list[str], tmp_path: Path) -> None:
+    """In a process that has imported none of them yet; the parser knows only what is imported."""
+    for name in ("method", "model", "data"):
+        text = (tmp_path / f"{name}.yaml").read_text()
+        (tmp_path / f"{name}.yaml").write_text(re.sub(r"class_path: lightprune\.(\w+\.)?", "class_path: ", text))
+    command = [sys.executable, "-m", "lightprune", "plan", *configs]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "Layers that go: " in finished.stdout
 
 
 def test_plan_of_layers_known_beforehand(configs: list[str], inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:

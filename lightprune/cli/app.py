@@ -1,24 +1,23 @@
 """`LightpruneCLI`: LightningCLI with pruning's verbs, and the entry point."""
 
-import os
+import json
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+import lightprune
+from lightprune.cli.collection import no_collection
+from lightprune.cli.early import VERBS
+from lightprune.cli.mistakes import explain
+from lightprune.cli.overrides import apply_overrides, split_overrides
+from lightprune.cli.parsing import guess_callbacks, parse, read_callbacks
 from lightprune.cli.trainer import PruningTrainer
-from lightprune.data import DomainCounts
-from lightprune.errors import ConfigError, ExportError
-from lightprune.progress import PruningProgressBar
-from lightprune.random_state import RandomState
-from lightprune.report import RunReport
-from lightprune.run_checks import check_checkpoint
+from lightprune.errors import ConfigError
 
 # What reads or reshapes a model and trains nothing runs on any machine, whatever the config trains on.
 OFFLINE = {
@@ -32,20 +31,40 @@ OFFLINE = {
 }
 
 
+# The callbacks that a run has without naming them in its config.
+DEFAULT_CALLBACKS = {
+    "PruningProgressBar": "lightprune.PruningProgressBar",
+    "RunReport": "lightprune.RunReport",
+    "RandomState": "lightprune.RandomState",
+    "DomainCounts": "lightprune.data.DomainCounts",
+}
+
+# Public names that are no callbacks.
+_OTHERS = {"Anatomy", "CausalLM", "ConfigError", "Family", "Pipeline", "PruningPlan", "anatomy_of", "export_hf"}
+
+# Said in each command's help, as the parser itself names only classes that are imported already.
+ABOUT = (
+    "--callback.NAME.ARGUMENT VALUE sets one argument of one callback of the config, such as "
+    "--callback.StructuredCut.at 64. lightprune brings the model lightprune.CausalLM, the data "
+    "lightprune.data.TextDataModule and the callbacks "
+    + ", ".join(f"lightprune.{name}" for name in lightprune.__all__ if name not in _OTHERS)
+    + "."
+)
+
+
 class LightpruneCLI(LightningCLI):
     """LightningCLI for any module and data module, by `class_path`, with pruning's verbs and defaults."""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         super().__init__(
             trainer_class=PruningTrainer,
-            trainer_defaults={"use_distributed_sampler": False},
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             # Raise what argparse would print below a page of usage.
             parser_kwargs={
                 "exit_on_error": False,
-                **{verb: {"exit_on_error": False} for verb in self.subcommands()},
+                **{verb: {"exit_on_error": False, "description": _description(verb)} for verb in VERBS},
             },
             args=None if args is None else list(args),
         )
@@ -55,18 +74,33 @@ class LightpruneCLI(LightningCLI):
         """The verbs, each with the arguments that come from the config."""
         verbs = LightningCLI.subcommands()
         ours = {"model", "datamodule"}
-        return {name: verbs[name] for name in ("fit", "validate", "test")} | {"plan": ours, "export": ours}
+        return {name: verbs.get(name, ours) for name in VERBS}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Let `--overwrite` stand alone, as a flag does."""
+        """Read the arguments and the config files; `--callback.NAME.ARGUMENT` sets one argument of a callback there."""
+        # Let `--overwrite` stand alone, as a flag does.
         overwrite = self._subcommand_parsers["export"]._option_string_actions["--overwrite"]
         overwrite.nargs, overwrite.const = "?", True
-        super().parse_arguments(parser, args)
+        given = args if isinstance(args, list) else sys.argv[1:]
+        with no_collection():  # the config's classes are imported here
+            arguments, overrides = split_overrides(given)
+            try:
+                if overrides and not {"-h", "--help"} & set(arguments):
+                    callbacks = apply_overrides(read_callbacks(parser, arguments), overrides, DEFAULT_CALLBACKS)
+                    arguments.append(f"--trainer.callbacks={json.dumps(callbacks)}")
+                self.config = parse(parser, arguments)
+            except ArgumentError as error:
+                verb = next((argument for argument in arguments if argument in VERBS), "lightprune")
+                settings = list(self._subcommand_parsers[verb].get_defaults().keys()) if verb in VERBS else []
+                callbacks_there = guess_callbacks(parser, arguments)
+                raise ConfigError(explain(str(error), verb, settings, callbacks_there)) from error
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning reads the hyperparameters in a checkpoint before there is a trainer."""
+        """Lightning reads the hyperparameters in a checkpoint before there is a trainer, and a missing one after it."""
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and Path(path).is_file():
+        if path and path not in ("last", "best", "hpc") and not str(path).startswith("registry"):
+            from lightprune.run_checks import check_checkpoint
+
             check_checkpoint(path)
         super()._parse_ckpt_path()
 
@@ -81,12 +115,21 @@ class LightpruneCLI(LightningCLI):
         offline = OFFLINE if self.subcommand in ("plan", "export") else {}
         try:
             return super().instantiate_trainer(callbacks=callbacks, **offline, **kwargs)
-        except (ValueError, RuntimeError) as error:  # of an argument of the Trainer's, or two callbacks with one state
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # of an argument of the Trainer's, or two callbacks with one state
             raise ConfigError(str(error)) from error
 
 
 def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[Callback]:
     """The callbacks that every run has, less those that `given` already provides."""
+    from lightprune.data import DomainCounts
+    from lightprune.progress import PruningProgressBar
+    from lightprune.random_state import RandomState
+    from lightprune.report import RunReport
+
     defaults: list[Callback] = []
     if progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
         defaults.append(PruningProgressBar())
@@ -96,30 +139,5 @@ def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[
     return defaults
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; a mistake of the user's, or an export that failed, is one sentence on stderr and status 2.
-
-    Args:
-        args: the arguments; None for those of the process. LIGHTPRUNE_DEBUG=1 in the environment shows tracebacks.
-
-    Returns:
-        The exit status.
-    """
-    try:
-        LightpruneCLI(args)
-    except Exception as error:
-        mistake = _user_mistake(error)
-        if mistake is None or os.environ.get("LIGHTPRUNE_DEBUG") == "1":
-            raise
-        print(mistake, file=sys.stderr)
-        return 2
-    return 0
-
-
-def _user_mistake(error: BaseException | None) -> str | None:
-    """The sentence that is enough: for a mistake of the user's, which jsonargparse may wrap, or a failed export."""
-    while error is not None:
-        if isinstance(error, ConfigError | ExportError | ArgumentError | MisconfigurationException):
-            return str(error)
-        error = error.__cause__
-    return None
+def _description(verb: str) -> str:
+    return f"{verb}: {VERBS[verb]}. {ABOUT}"

@@ -7,14 +7,12 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
-
-import datasets
-import pyarrow as pa
-import pyarrow.csv as tables
-import pyarrow.parquet as parquet
+from typing import IO, TYPE_CHECKING, Any
 
 from lightprune.errors import ConfigError
+
+if TYPE_CHECKING:
+    import datasets
 
 _CHUNK = 2**20  # characters
 _ROW = 2**24  # bytes that a row of a table may have
@@ -96,11 +94,11 @@ def read_files(paths: Sequence[Path], field: str, separator: str | None, domain:
                 yield from _table(path, field, domain, delimiter="," if kind == "csv" else "\t")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{key} names {path}, which is not UTF-8 text.") from error
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise ConfigError(f"{key} names {path}, which cannot be read: {first_line(error).rstrip('.')}.") from error
 
 
-def rows(dataset: datasets.IterableDataset, field: str, domain: str) -> Iterator[Any]:
+def rows(dataset: "datasets.IterableDataset", field: str, domain: str) -> Iterator[Any]:
     """Yields a field of a streamed data set, never reading beyond the row that it yields.
 
     Raises:
@@ -119,7 +117,7 @@ def rows(dataset: datasets.IterableDataset, field: str, domain: str) -> Iterator
         yield row[field]
 
 
-def column(dataset: datasets.Dataset, field: str, domain: str) -> Iterator[Any]:
+def column(dataset: "datasets.Dataset", field: str, domain: str) -> Iterator[Any]:
     """Yields a column of a data set that is all there.
 
     Raises:
@@ -164,20 +162,28 @@ def _split(chunks: Iterable[str], separator: str) -> Iterator[str]:
 
 def _table(path: Path, field: str, domain: str, delimiter: str) -> Iterator[Any]:
     """A column of a table whose first line names the columns; a cell in quotes may hold line breaks."""
-    reading = tables.ReadOptions(block_size=_ROW)
-    parsing = tables.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with _open(path, "rb") as file:
-        names = tables.open_csv(file, read_options=reading, parse_options=parsing).schema.names
-    if field not in names:
-        raise _missing_field(field, names, str(path), domain)
+    import pyarrow as pa
+    from pyarrow import csv
+
+    reading = csv.ReadOptions(block_size=_ROW)
+    parsing = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     # All cells as they are written: else their type is guessed from the first ones.
-    cells = tables.ConvertOptions(include_columns=[field], column_types={field: pa.string()})
-    with _open(path, "rb") as file:
-        for batch in tables.open_csv(file, read_options=reading, parse_options=parsing, convert_options=cells):
-            yield from batch.column(0).to_pylist()
+    cells = csv.ConvertOptions(include_columns=[field], column_types={field: pa.string()})
+    try:
+        with _open(path, "rb") as file:
+            names = csv.open_csv(file, read_options=reading, parse_options=parsing).schema.names
+        if field not in names:
+            raise _missing_field(field, names, str(path), domain)
+        with _open(path, "rb") as file:
+            for batch in csv.open_csv(file, read_options=reading, parse_options=parsing, convert_options=cells):
+                yield from batch.column(0).to_pylist()
+    except pa.ArrowException as error:
+        raise OSError(first_line(error)) from error
 
 
 def _parquet(path: Path, field: str, domain: str) -> Iterator[Any]:
+    from pyarrow import parquet
+
     try:
         table = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:

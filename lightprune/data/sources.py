@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
-
-import datasets
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightprune.data.builtin import BUILTIN
 from lightprune.data.readers import as_texts, column, first_line, format_of, key_of, read_files
 from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.hub import PACKAGE_SCHEME, cache_alone_if_silent, package_path
+
+if TYPE_CHECKING:
+    import datasets  # takes half a second, and pandas with it: imported where a source needs it
 
 _KINDS = ("hub", "saved", "files", "builtin")
 _STREAMED = ("hub", "files")
@@ -150,7 +151,7 @@ class Source:
         """
         return as_texts(self._values(domain), self.text, domain)
 
-    def load_stream(self, domain: str) -> datasets.IterableDataset:
+    def load_stream(self, domain: str) -> "datasets.IterableDataset":
         """The hub's data set, to be read without being downloaded first.
 
         Raises:
@@ -201,6 +202,8 @@ class Source:
         return path if path is not None and path.is_dir() else None
 
     def _from_hub(self, domain: str, **options: Any) -> Any:
+        import datasets
+
         options |= {"split": self.split, "revision": self.revision}
         if self._local_hub is not None:
             with _readable_errors(domain):
@@ -208,7 +211,9 @@ class Source:
         with cache_alone_if_silent() as silent, _readable_errors(domain, silent=silent):
             return datasets.load_dataset(self.hub, self.subset, **options)
 
-    def _from_disk(self, domain: str) -> datasets.Dataset:
+    def _from_disk(self, domain: str) -> "datasets.Dataset":
+        import datasets
+
         with _readable_errors(domain):
             saved = datasets.load_from_disk(str(Path(str(self.saved)).expanduser()))
         if isinstance(saved, datasets.Dataset):

@@ -242,7 +242,6 @@ def run(
         devices=world,
         strategy=strategy,
         accumulate_grad_batches=case.accumulate,
-        use_distributed_sampler=False,
         enable_checkpointing=any(isinstance(part, ModelCheckpoint) for part in parts),
         default_root_dir=folder,
         gradient_clip_val=0.5,
