@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from lightprune.cli.forecast import forecast
+from lightprune.cli.precision import PrecisionSetting
 from lightprune.errors import ConfigError
 from lightprune.export import card_of, check_target, export_hf, tokenizer_of
 from lightprune.host import find_causal_lm
@@ -17,7 +18,14 @@ from lightprune.plan import PruningPlan
 
 
 class PruningTrainer(pl.Trainer):
-    """A Trainer with the two verbs that need a model and no training."""
+    """A Trainer with the two verbs that need a model and no training.
+
+    Args:
+        precision: as in `Trainer`, or "auto", in whose place the command line sets what is fast on the devices.
+    """
+
+    def __init__(self, *args: Any, precision: PrecisionSetting = None, **kwargs: Any) -> None:
+        super().__init__(*args, precision=precision, **kwargs)  # type: ignore[arg-type]
 
     def plan(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
         """Print what a config would cut, when, and the shape that results; trains nothing."""
