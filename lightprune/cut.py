@@ -13,6 +13,7 @@ from lightprune.host import callbacks_of, run_validation
 from lightprune.module_checks import check_averages
 from lightprune.pipeline import Part, Stage
 from lightprune.plan import PruningPlan
+from lightprune.steps import Steps
 from lightprune.surgery import cut_model
 
 _WEIGHT_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
@@ -26,8 +27,10 @@ class StructuredCut(Part):
     before the cut, so that the step's checkpoint holds the cut model.
 
     Args:
-        at: the optimizer step after which the model is cut. No earlier than the last selector's window and the last
-            regularizer's ends; no later than the run. At the very end of the run there is no recovery (TRSP).
+        at: the optimizer step after which the model is cut, or a share of the run such as "75%" (`lightprune.steps`).
+            It may not come before the last selector's and the last regularizer's window end, nor after the run. At the
+            very end of the run there is no recovery (TRSP). None cuts as soon as these windows end; several cuts each
+            need their `at`.
         validate: run the validation loop just before and just after the cut.
 
     Attributes:
@@ -38,9 +41,11 @@ class StructuredCut(Part):
     """
 
     stage = Stage.CUT
+    step_settings = ("at",)
+    at: int
 
-    def __init__(self, at: int, validate: bool = True) -> None:
-        self.at = at
+    def __init__(self, at: Steps | None = None, validate: bool = True) -> None:
+        vars(self).update(at=at)  # None or a share until the run's steps are known
         self.validate = validate
         self.plan: PruningPlan | None = None
         self.step: int | None = None

@@ -10,6 +10,7 @@ from lightprune.plan import PruningPlan
 
 if TYPE_CHECKING:
     from lightprune.cut import StructuredCut
+    from lightprune.regularizers.base import Regularizer
     from lightprune.selectors.base import Selector
 
 
@@ -75,6 +76,31 @@ class Cycle:
 def smaller(left: Shape, right: Shape) -> Shape:
     """What two plans for one model leave together: of every count, the smaller one."""
     return Shape(**{name: min(count, getattr(right, name)) for name, count in vars(left).items()})
+
+
+def place_cuts(
+    cuts: "Sequence[StructuredCut]", selectors: "Sequence[Selector]", regularizers: "Sequence[Regularizer]"
+) -> None:
+    """Give a cut without an `at` its step: the one at which the selection and the regularizers' windows end.
+
+    Raises:
+        ConfigError: there are several cuts, or a regularizer's window ends at the cut.
+    """
+    for cut in cuts:
+        if cut.at is not None:
+            continue
+        if len(cuts) > 1:
+            raise ConfigError(
+                f"StructuredCut.at is left out in a run with {len(cuts)} cuts: set `at` of each of them to its step, "
+                "or to a share of the run such as 50%."
+            )
+        for regularizer in regularizers:
+            if regularizer.stop is None:
+                raise ConfigError(
+                    f"StructuredCut.at and {type(regularizer).__name__}.stop are both left out: set one of them to its "
+                    "step, or to a share of the run such as 75%."
+                )
+        cut.at = max([part.stop or 0 for part in (*selectors, *regularizers)], default=0)
 
 
 def cycles_of(selectors: "Sequence[Selector]", cuts: "Sequence[StructuredCut]") -> list[Cycle]:

@@ -4,10 +4,11 @@ import importlib.util
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import huggingface_hub
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
@@ -129,7 +130,7 @@ def load_causal_lm(
     }
     if "gguf_file" in arguments:
         rank_zero_info(f"Loading {arguments['gguf_file']}: de-quantizing takes some seconds.")
-    with _readable_errors(uri, "a causal LM"), without_progress_bars():
+    with _readable_errors(uri, "a causal LM"), _hub_for(uri), without_progress_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(**arguments)
     lm, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if problems := loading_problems(report):
@@ -149,7 +150,7 @@ def load_tokenizer(
     Raises:
         ConfigError: nothing at `uri`, or no tokenizer there.
     """
-    with _readable_errors(uri, "a tokenizer"):
+    with _readable_errors(uri, "a tokenizer"), _hub_for(uri):
         tokenizer = AutoTokenizer.from_pretrained(
             **_source(uri), revision=revision, trust_remote_code=trust_remote_code
         )
@@ -202,9 +203,45 @@ def _readable_errors(uri: str | Path, wanted: str) -> Iterator[None]:
             advice = "install what it needs, or choose another `attn_implementation` or `model`"
         elif "attn_implementation" in reason:
             advice = "set `attn_implementation` to one of these, or to null"
+        elif "couldn't connect" in reason:
+            advice = "correct the name, or the connection, or name something local"
         else:
             advice = f"name {_KINDS} that holds one"
         raise ConfigError(f"Could not load {wanted} from {str(uri)!r}: {reason}; {advice}.") from error
+
+
+@contextmanager
+def cache_alone_if_silent() -> Iterator[bool]:
+    """Asks the Hub once whether it answers, and if it does not, works as with `HF_HUB_OFFLINE=1`: from the cache alone.
+
+    Otherwise every file is asked for six times, half a minute each, before what is cached is used or an error comes.
+
+    Yields:
+        Whether it was asked and did not answer.
+    """
+    if huggingface_hub.is_offline_mode() or _answers():
+        yield False
+        return
+    # The environment is read at import only, and no function sets this later.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield True
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = False
+
+
+def _answers() -> bool:
+    constants = huggingface_hub.constants
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # whatever the HTTP library in use raises
+        return False
+    return True
+
+
+def _hub_for(uri: str | Path) -> AbstractContextManager[object]:
+    """What to load from `uri` in: where it is on the Hub, `cache_alone_if_silent`."""
+    return cache_alone_if_silent() if isinstance(resolve_uri(uri), str) else nullcontext()
 
 
 @contextmanager

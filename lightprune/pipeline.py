@@ -25,15 +25,17 @@ from transformers import PreTrainedModel
 
 from lightprune import module_checks, run_checks, strategies
 from lightprune.anatomy import Anatomy, anatomy_of
-from lightprune.cycle import Cycle, cycles_of, expected_shapes
+from lightprune.cycle import Cycle, cycles_of, expected_shapes, place_cuts
 from lightprune.doors import Doors, HeldWeights
 from lightprune.expressible import check_expressible
 from lightprune.host import callbacks_of, find_causal_lm, is_training_pass, log_metrics, shadow_method
 from lightprune.partitioned import whole_construction
 from lightprune.plan import PruningPlan
+from lightprune.steps import resolve_steps
 
 if TYPE_CHECKING:
     from lightprune.cut import StructuredCut
+    from lightprune.regularizers.base import Regularizer
     from lightprune.selectors.base import Selector
 
 Phase = Literal["select", "transfer", "recover", "train"]
@@ -56,6 +58,7 @@ class Part(Callback, ABC):
     """
 
     stage: ClassVar[Stage]
+    step_settings: ClassVar[tuple[str, ...]] = ()  # the settings that may be shares of the run (`lightprune.steps`)
     alters: ClassVar[bool] = False  # whether this changes what the model computes before the cut
     pipeline: "Pipeline"
     shaped_by: "Pipeline | None" = None  # of the last fit, or evaluation of a checkpoint, that this has a state from
@@ -74,6 +77,17 @@ class Part(Callback, ABC):
     def cycle(self) -> Cycle:
         """The cycle of select, regularize and cut that this part belongs to: by default the one that the run is in."""
         return self.pipeline.cycle_of(self)
+
+    def resolve_steps(self, max_steps: int) -> None:
+        """Turn settings that are shares of the run into optimizer steps.
+
+        Args:
+            max_steps: `trainer.max_steps`.
+
+        Raises:
+            ConfigError: a setting is no share, or the run has no fixed length.
+        """
+        resolve_steps(self, self.step_settings, max_steps)
 
     def check_settings(self) -> None:
         """Refuse, with a ConfigError, values that no run could have; called before anything compares them."""
@@ -191,9 +205,13 @@ class Pipeline:
         self.trainer = trainer
         self.module = module
         self.fitting = stage == "fit"
-        for part in _parts_of(trainer):
+        self.parts = _parts_of(trainer)
+        for part in self.parts:
+            part.resolve_steps(trainer.max_steps)
+        place_cuts(self.cuts, self.selectors, self.regularizers)
+        for part in self.parts:
             part.check_settings()
-        self.parts = sorted(_parts_of(trainer), key=lambda part: (part.stage, part.begins))
+        self.parts.sort(key=lambda part: (part.stage, part.begins))
         self.cycles = cycles_of(self.selectors, self.cuts)
         self.engine = strategies.engine_of(trainer)
         self.anatomy: Anatomy
@@ -248,6 +266,11 @@ class Pipeline:
     def selectors(self) -> "list[Selector]":
         """The parts that decide the plan."""
         return [cast("Selector", part) for part in self.parts if part.stage is Stage.SELECT]
+
+    @property
+    def regularizers(self) -> "list[Regularizer]":
+        """The parts that empty what the plan removes."""
+        return [cast("Regularizer", part) for part in self.parts if part.stage is Stage.REGULARIZE]
 
     @property
     def cuts(self) -> "list[StructuredCut]":

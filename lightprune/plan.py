@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from lightprune import plan_checks
 from lightprune.anatomy import Anatomy, Shape, Structure, Unit
+from lightprune.anatomy.axes import Resize
 from lightprune.errors import ConfigError, is_whole
 from lightprune.partitioned import parameter_count
 from lightprune.plan_json import Indices, indices, indices_per_layer, listed
@@ -320,7 +321,7 @@ def apply_to_config(config: PretrainedConfig, plan: PruningPlan, anatomy: Anatom
             entries = getattr(config, name, None)
             if entries is not None:
                 setattr(config, name, [entries[i] for i in plan.kept_layers])
-        family.configure(config, plan)
+        family.configure(config, Resize(plan.source, shape, tuple(plan.kept_layers)))
     config.num_hidden_layers = shape.layers
     if {"heads", "hidden", "channels"} & set(plan.structures):
         config.hidden_size = shape.hidden

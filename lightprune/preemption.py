@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lightprune.atomic_save import save_atomically
 from lightprune.errors import ConfigError
+
+_TRY_AGAIN = 75  # EX_TEMPFAIL, by number since Windows has no name for it
 
 
 class PreemptionCheckpoint(Checkpoint):
@@ -29,6 +31,8 @@ class PreemptionCheckpoint(Checkpoint):
     and the cut are finished first. A fit with `ckpt_path="last"` goes on from there as if nothing had happened. A
     signal in what follows the last step (the last validation, the export) changes nothing: the run is about to end.
     And a process that is killed without a signal, in the middle of a save, leaves the checkpoint before it whole.
+
+    Python lets only the main thread handle signals. In a fit outside it, this callback warns, and sees none.
 
     Slurm signals every process of a job, and a data loader whose worker dies ends the run. `TextDataModule` sees to
     that; other data modules pass `worker_init_fn=outlive_preemption` to their loaders.
@@ -41,7 +45,8 @@ class PreemptionCheckpoint(Checkpoint):
         SystemExit: with status 75 (EX_TEMPFAIL, "try again"), on all ranks, after the checkpoint is written.
     """
 
-    SIGNALS: ClassVar = (signal.SIGUSR1, signal.SIGTERM)
+    # Windows has no SIGUSR1.
+    SIGNALS: ClassVar = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -59,6 +64,12 @@ class PreemptionCheckpoint(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.received = None
         self._step = trainer.global_step
+        if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
+            rank_zero_warn(
+                "PreemptionCheckpoint cannot see signals, because this fit runs outside the main thread: a run that is "
+                "told to stop ends at once, and goes on from the last checkpoint that ModelCheckpoint has written."
+            )
+            return
         # Until now a signal ends the process, and nothing is lost. Lightning restores what it found before the fit.
         for number in self.SIGNALS:
             signal.signal(number, self._note)
@@ -76,7 +87,7 @@ class PreemptionCheckpoint(Checkpoint):
         self._step = trainer.global_step
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             self._save(trainer)
-            raise SystemExit(os.EX_TEMPFAIL)
+            raise SystemExit(_TRY_AGAIN)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._unwrap()
@@ -111,7 +122,8 @@ class PreemptionCheckpoint(Checkpoint):
 
 def outlive_preemption(worker_id: int) -> None:
     """A data loader's `worker_init_fn`: the worker ends when its trainer ends it, not by a signal to the whole job."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where no job has several processes
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_trainer, daemon=True).start()

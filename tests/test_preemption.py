@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,50 @@ def test_workers_without_sigwaitinfo_can_still_be_ended(monkeypatch: pytest.Monk
     worker.terminate()
     worker.join(timeout=60)
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fit_outside_the_main_thread(tmp_path: Path, num_workers: int) -> None:
+    """As in a notebook's or a scheduler's own thread."""
+    loader = DataLoader(batches(2), batch_size=None, num_workers=num_workers, worker_init_fn=outlive_preemption)
+    trainer = trainer_for(
+        [ModelCheckpoint(tmp_path, save_last=True), PreemptionCheckpoint()], max_steps=2, enable_checkpointing=True
+    )
+    with ThreadPoolExecutor(1) as thread, pytest.warns(UserWarning, match=r"cannot see signals, because this fit runs"):
+        thread.submit(trainer.fit, Plain(), loader).result(timeout=120)
+    assert trainer.global_step == 2
+
+
+WINDOWS = """
+import os, signal, sys
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+for name in ("SIGUSR1", "sigwaitinfo", "pthread_sigmask"):
+    delattr(signal, name)
+del os.EX_TEMPFAIL
+
+from lightprune.preemption import PreemptionCheckpoint, outlive_preemption
+from tests.training import Plain, Spy, batches, trainer_for
+
+assert PreemptionCheckpoint.SIGNALS == (signal.SIGTERM,)
+outlive_preemption(0)
+signal.SIGUSR1 = signal.Signals.SIGUSR1  # Lightning asks the platform, not the module
+
+def stop(trainer, module):
+    if trainer.global_step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+saver = ModelCheckpoint(sys.argv[1], save_last=True, save_top_k=0)
+callbacks = [saver, PreemptionCheckpoint(), Spy(stop, "on_after_backward")]
+trainer_for(callbacks, max_steps=50, enable_checkpointing=True).fit(Plain(), batches(200))
+"""
+
+
+def test_without_the_signals_that_windows_lacks(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", WINDOWS, str(tmp_path)], env=environment, timeout=300, check=False)
+    assert done.returncode == 75
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
 RANK = """

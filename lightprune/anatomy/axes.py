@@ -52,6 +52,21 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Resize:
+    """What a plan does to a model's counts: all that a family's config needs to know of it.
+
+    Attributes:
+        source: the counts before.
+        target: the counts after.
+        kept_layers: indices of the layers that stay, ascending.
+    """
+
+    source: Shape
+    target: Shape
+    kept_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """Consecutive rows that belong to the units of one structure, unit after unit.
 

@@ -2,17 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightprune.anatomy.axes import HIDDEN, Axis, Shape, Structure
+from lightprune.anatomy.axes import HIDDEN, Axis, Resize, Shape, Structure
 from lightprune.partitioned import parameter_count, whole_shape
-
-if TYPE_CHECKING:
-    from lightprune.plan import PruningPlan
 
 Axes = tuple[Axis | None, ...]
 # What a predicate finds wrong with a shape, in words, or None.
@@ -39,7 +36,7 @@ def _unchanged(layer: nn.Module, old: int, new: int) -> None:
     """Most families' layers do not depend on their own index beyond `layer_idx`."""
 
 
-def _nothing(config: PretrainedConfig, plan: "PruningPlan") -> None:
+def _nothing(config: PretrainedConfig, resize: Resize) -> None:
     """Most families' configs say nothing more about a plan than its counts."""
 
 
@@ -66,7 +63,7 @@ class Family:
         per_layer_fields: config fields that hold one entry a layer, where they are set at all.
         layer_index: attributes that hold a layer's index (the KV cache's slot).
         renumber: called as `renumber(layer, old, new)` when a layer moves, for what else depends on the index.
-        configure: called as `configure(config, plan)` for what else a config says that a plan changes.
+        configure: called as `configure(config, resize)` for what else a config says that a plan changes.
         variant: chooses among declarations that share a `model_type`, by the config.
     """
 
@@ -82,7 +79,7 @@ class Family:
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     layer_index: tuple[str, ...] = ("self_attn.layer_idx",)
     renumber: Callable[[nn.Module, int, int], None] = _unchanged
-    configure: Callable[[PretrainedConfig, "PruningPlan"], None] = _nothing
+    configure: Callable[[PretrainedConfig, Resize], None] = _nothing
     variant: "Callable[[PretrainedConfig], Family] | None" = None
 
     @property

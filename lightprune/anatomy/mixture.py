@@ -1,14 +1,9 @@
 """Mixtures of experts: Mixtral and Qwen3-MoE, for layers and attention. Experts and hidden dimensions stay."""
 
-from typing import TYPE_CHECKING
-
 from transformers import PretrainedConfig
 
-from lightprune.anatomy.axes import HEADS, KV_GROUPS
+from lightprune.anatomy.axes import HEADS, KV_GROUPS, Resize
 from lightprune.anatomy.base import LINEAR, Family
-
-if TYPE_CHECKING:
-    from lightprune.plan import PruningPlan
 
 _ATTENTION = {
     "self_attn.q_proj": (HEADS, None),
@@ -20,11 +15,11 @@ _ATTENTION = {
 _WRITERS = {"self_attn.o_proj": LINEAR, "mlp.experts": ("down_proj",), "mlp.down_proj": LINEAR}
 
 
-def _name_dense_layers(config: PretrainedConfig, plan: "PruningPlan") -> None:
+def _name_dense_layers(config: PretrainedConfig, resize: Resize) -> None:
     """Say layer by layer which have an ordinary MLP: counted in steps, others would after layers are gone."""
     step = config.decoder_sparse_step
-    dense = [i for i in range(plan.source.layers) if i in config.mlp_only_layers or (i + 1) % step != 0]
-    config.mlp_only_layers = [new for new, old in enumerate(plan.kept_layers) if old in dense]
+    dense = [i for i in range(resize.source.layers) if i in config.mlp_only_layers or (i + 1) % step != 0]
+    config.mlp_only_layers = [new for new, old in enumerate(resize.kept_layers) if old in dense]
     config.decoder_sparse_step = 1
 
 

@@ -1,16 +1,12 @@
 """OPT: learned positions, an MLP directly on the layer; OPT-350m embeds in fewer dimensions and projects."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig
 
-from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS
+from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS, Resize
 from lightprune.anatomy.base import LINEAR, Family
 from lightprune.anatomy.predicates import heads_fill_hidden, projections_stay
-
-if TYPE_CHECKING:
-    from lightprune.plan import PruningPlan
 
 _NORM_AND_POSITIONS = {"model.decoder.final_layer_norm": (HIDDEN,), "model.decoder.embed_positions": (None, HIDDEN)}
 
@@ -19,10 +15,10 @@ def _variant(config: PretrainedConfig) -> Family:
     return OPT if config.word_embed_proj_dim == config.hidden_size else _PROJECTED
 
 
-def _embedding_width(config: PretrainedConfig, plan: "PruningPlan") -> None:
+def _embedding_width(config: PretrainedConfig, resize: Resize) -> None:
     """Embed in the hidden dimensions that stay, where the embedding is not projected onto them."""
-    if config.word_embed_proj_dim == plan.source.hidden:
-        config.word_embed_proj_dim = plan.shape.hidden
+    if config.word_embed_proj_dim == resize.source.hidden:
+        config.word_embed_proj_dim = resize.target.hidden
 
 
 OPT = Family(

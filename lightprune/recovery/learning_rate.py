@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 
 from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.pipeline import Part, Stage, Status
+from lightprune.steps import Steps
 
 Decay = Literal["constant", "linear", "cosine"]
 
@@ -17,16 +18,18 @@ class Recovery(Part):
 
     Args:
         lr: the peak learning rate.
-        warmup_steps: optimizer steps from the cut to the peak.
+        warmup_steps: optimizer steps from the cut to the peak, or a share of the run such as "5%".
         decay: "constant", "linear" or "cosine", down to `final_ratio * lr` at `trainer.max_steps`.
         final_ratio: what is left of the peak at the end.
     """
 
     stage = Stage.RECOVER
+    step_settings = ("warmup_steps",)
+    warmup_steps: int
 
-    def __init__(self, lr: float, warmup_steps: int = 0, decay: Decay = "constant", final_ratio: float = 0.1) -> None:
+    def __init__(self, lr: float, warmup_steps: Steps = 0, decay: Decay = "constant", final_ratio: float = 0.1) -> None:
         self.lr = lr
-        self.warmup_steps = warmup_steps
+        vars(self).update(warmup_steps=warmup_steps)  # a share until `resolve_steps`
         self.decay: Decay = decay
         self.final_ratio = final_ratio
         self._ratios: list[list[float]] | None = None

@@ -11,6 +11,7 @@ from lightprune.masking import UnitMasks
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.base import Order, Regularizer, ramps
+from lightprune.steps import Steps
 
 Shape = Literal["linear", "cosine"]
 
@@ -38,8 +39,8 @@ class GateAnnealing(Regularizer):
     def __init__(
         self,
         shape: Shape = "linear",
-        start: int | None = None,
-        stop: int | None = None,
+        start: Steps | None = None,
+        stop: Steps | None = None,
         order: Order = "joint",
     ) -> None:
         super().__init__(start, stop)

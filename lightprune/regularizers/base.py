@@ -10,6 +10,7 @@ from lightprune.errors import ConfigError, check_number
 from lightprune.gates import Handle, remove_all
 from lightprune.pipeline import Part, Stage
 from lightprune.plan import PruningPlan
+from lightprune.steps import Steps
 
 Order = Literal["joint", "first_to_last", "last_to_first"]
 Ramp = Literal["constant", "linear"]
@@ -21,15 +22,18 @@ class Regularizer(Part):
     Args:
         start: the optimizer step at which it begins; None as soon as the plan is decided.
         stop: the optimizer step at which its ramp is complete; None is the cut's `at`. It stays complete until the cut.
+            Both may be shares of the run, such as "50%" (`lightprune.steps`).
             Without `start` and `stop` a regularizer acts before every cut of the run.
     """
 
     stage = Stage.REGULARIZE
+    step_settings = ("start", "stop")
+    start: int | None
+    stop: int | None
     acts_on: ClassVar[frozenset[Structure]] = frozenset(STRUCTURES)
 
-    def __init__(self, start: int | None, stop: int | None) -> None:
-        self.start = start
-        self.stop = stop
+    def __init__(self, start: Steps | None, stop: Steps | None) -> None:
+        vars(self).update(start=start, stop=stop)  # shares until `resolve_steps`
         self._began: dict[int, int] = {}  # by cycle
         self._attached = False
         self._handles: list[Handle] = []

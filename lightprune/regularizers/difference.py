@@ -14,6 +14,7 @@ from lightprune.observe import TokenMask, on_output
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.base import Order, Ramp, Regularizer, ramps
+from lightprune.steps import Steps
 
 
 def layer_difference(hidden_in: Tensor, hidden_out: Tensor, norm: Norm) -> Tensor:
@@ -56,8 +57,8 @@ class DifferencePenalty(Regularizer):
         norm: Norm = "l2",
         ramp: Ramp = "constant",
         relative: bool = True,
-        start: int | None = None,
-        stop: int | None = None,
+        start: Steps | None = None,
+        stop: Steps | None = None,
         order: Order = "joint",
     ) -> None:
         super().__init__(start, stop)

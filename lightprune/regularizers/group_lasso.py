@@ -8,6 +8,7 @@ from lightprune.errors import check_number
 from lightprune.groups import per_unit
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.units import UnitRegularizer
+from lightprune.steps import Steps
 
 
 def shrinkage(norms: Tensor, threshold: float) -> Tensor:
@@ -37,7 +38,7 @@ class ProximalGroupLasso(UnitRegularizer):
         stop: the optimizer step by which all groups are zero (with strength None); None is the cut's `at`.
     """
 
-    def __init__(self, strength: float | None = None, start: int | None = None, stop: int | None = None) -> None:
+    def __init__(self, strength: float | None = None, start: Steps | None = None, stop: Steps | None = None) -> None:
         super().__init__(start, stop)
         self.strength = strength
 

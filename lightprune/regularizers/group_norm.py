@@ -12,6 +12,7 @@ from lightprune.groups import Norm
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.base import Ramp
 from lightprune.regularizers.units import RemovedGroups, UnitRegularizer
+from lightprune.steps import Steps
 
 
 def mean_norms(groups: Sequence[RemovedGroups], norm: Norm) -> dict[Unit, Tensor]:
@@ -50,8 +51,8 @@ class GroupNormPenalty(UnitRegularizer):
         norm: Norm = "l2",
         ramp: Ramp = "constant",
         relative: bool = True,
-        start: int | None = None,
-        stop: int | None = None,
+        start: Steps | None = None,
+        stop: Steps | None = None,
     ) -> None:
         super().__init__(start, stop)
         self.strength = strength

@@ -12,6 +12,7 @@ from lightprune.host import logs_now
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.base import Regularizer
+from lightprune.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class UnitRegularizer(Regularizer):
 
     acts_on = frozenset[Structure](UNITS)
 
-    def __init__(self, start: int | None, stop: int | None) -> None:
+    def __init__(self, start: Steps | None, stop: Steps | None) -> None:
         super().__init__(start, stop)
         self._groups: list[RemovedGroups] = []
         self._shares: dict[Unit, float] = {}

@@ -32,6 +32,7 @@ from lightprune.reweighting.mixer import Mixer, Rule
 from lightprune.reweighting.references import DynamicReference, FixedReference, Observation, Reference
 from lightprune.reweighting.robust import Array
 from lightprune.reweighting.sparsity import sparsity_of
+from lightprune.steps import Steps, resolve_steps
 
 HISTORY = 512
 """So many updates at most are kept for the plot, spread evenly over the run."""
@@ -72,8 +73,12 @@ class DomainReweighting(FinishingCallback):
             normalization behind: where all domains begin with the same share, nothing moves.
         start: the optimizer step from which on it acts.
         stop: the optimizer step at which it ends, and with it "the run" in the shares above; the weights then stay as
-            they are. None is the end of the run.
+            they are. None is the end of the run. `every`, `start` and `stop` may be shares of the run, such as "5%".
     """
+
+    every: int
+    start: int
+    stop: int | None
 
     def __init__(
         self,
@@ -82,20 +87,18 @@ class DomainReweighting(FinishingCallback):
         floor: float = 0.2,
         reference: Literal["source", "dynamic"] | dict[str, float] = "source",
         losses: Literal["training", "validation"] = "training",
-        every: int = 50,
+        every: Steps = 50,
         dynamic_ratio: bool = False,
-        start: int = 0,
-        stop: int | None = None,
+        start: Steps = 0,
+        stop: Steps | None = None,
     ) -> None:
         self.rule: Rule = rule
         self.radius = radius
         self.floor = floor
         self.reference = reference
         self.losses = losses
-        self.every = every
+        vars(self).update(every=every, start=start, stop=stop)  # shares of the run until `setup`
         self.dynamic_ratio = dynamic_ratio
-        self.start = start
-        self.stop = stop
         self.history = History(HISTORY)
         self._loaded: dict[str, Any] = {}
         self._ready = False
@@ -118,6 +121,7 @@ class DomainReweighting(FinishingCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            resolve_steps(self, ("every", "start", "stop"), trainer.max_steps)
             check_settings(self)
             check_data(self, trainer)
 

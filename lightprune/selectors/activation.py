@@ -15,6 +15,7 @@ from lightprune.partitioned import whole
 from lightprune.scores import Metric, activation_scores, add_moments, magnitudes
 from lightprune.selectors.calibration import CalibratedUnitSelector, accumulator
 from lightprune.selectors.counts import Keep
+from lightprune.steps import Steps
 
 Use = Callable[[Tensor], None]
 
@@ -51,8 +52,8 @@ class ActivationUnitSelector(CalibratedUnitSelector):
         multiple_of: int = 64,
         metric: Metric = "l2",
         weighted: bool = False,
-        start: int = 0,
-        stop: int = 16,
+        start: Steps = 0,
+        stop: Steps = 16,
     ) -> None:
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop)
         self.metric: Metric = metric

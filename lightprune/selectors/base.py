@@ -15,14 +15,15 @@ from lightprune.errors import ConfigError, check_number
 from lightprune.gates import Handle, remove_all
 from lightprune.pipeline import Part, Stage, Status
 from lightprune.plan import PruningPlan
+from lightprune.steps import Steps
 
 
 class Selector(Part):
     """Decides what of some structures stays, from the training batches of a window of optimizer steps.
 
     Args:
-        start: the optimizer step at which the window opens.
-        stop: the optimizer step at which it closes and the plan is made.
+        start: the optimizer step at which the window opens, or a share of the run such as "10%" (`lightprune.steps`).
+        stop: the optimizer step at which it closes and the plan is made, or a share likewise.
         hold_weights: let the module's weights stand still in the window, so that what is scored is one model; the
             window's batches are calibration, and count in the budget all the same.
 
@@ -33,11 +34,13 @@ class Selector(Part):
     """
 
     stage = Stage.SELECT
+    step_settings: ClassVar[tuple[str, ...]] = ("start", "stop")
+    start: int
+    stop: int
     needs_batches: ClassVar[bool] = True
 
-    def __init__(self, start: int, stop: int, hold_weights: bool) -> None:
-        self.start = start
-        self.stop = stop
+    def __init__(self, start: Steps, stop: Steps, hold_weights: bool) -> None:
+        vars(self).update(start=start, stop=stop)  # shares until `resolve_steps`
         self.hold_weights = hold_weights
         self.plan: PruningPlan | None = None
         self.opened = False
@@ -163,7 +166,7 @@ class LayerSelector(Selector):
     structures = frozenset[Structure]({"layers"})
 
     def __init__(
-        self, drop: int, start: int, stop: int, protect_first: int, protect_last: int, hold_weights: bool
+        self, drop: int, start: Steps, stop: Steps, protect_first: int, protect_last: int, hold_weights: bool
     ) -> None:
         super().__init__(start, stop, hold_weights)
         self.drop = drop

@@ -10,6 +10,7 @@ from lightprune.metrics import widest
 from lightprune.observe import TokenMask, on_output
 from lightprune.pipeline import Status
 from lightprune.selectors.base import LayerSelector, lowest
+from lightprune.steps import Steps
 
 
 class BlockInfluenceSelector(LayerSelector):
@@ -26,7 +27,7 @@ class BlockInfluenceSelector(LayerSelector):
     """
 
     def __init__(
-        self, drop: int, start: int = 0, stop: int = 16, protect_first: int = 0, protect_last: int = 0
+        self, drop: int, start: Steps = 0, stop: Steps = 16, protect_first: int = 0, protect_last: int = 0
     ) -> None:
         super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True)
         # Of each layer: the sum of its tokens' influences, and how many tokens these are. Empty until the window opens.

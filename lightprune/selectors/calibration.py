@@ -14,6 +14,7 @@ from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
 from lightprune.selectors.counts import Keep
 from lightprune.selectors.units import UnitSelector
+from lightprune.steps import Steps
 
 
 class CalibratedUnitSelector(UnitSelector):
@@ -39,8 +40,8 @@ class CalibratedUnitSelector(UnitSelector):
         channels: Keep,
         hidden: Keep,
         multiple_of: int,
-        start: int,
-        stop: int,
+        start: Steps,
+        stop: Steps,
     ) -> None:
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop, hold_weights=True)
         self._sums: dict[Unit, Tensor] = {}

@@ -6,6 +6,7 @@ from lightprune.anatomy import Shape, Structure
 from lightprune.errors import ConfigError
 from lightprune.plan import PruningPlan
 from lightprune.selectors.base import Selector
+from lightprune.steps import Steps
 
 
 class PlanFromFile(Selector):
@@ -18,7 +19,7 @@ class PlanFromFile(Selector):
 
     needs_batches = False
 
-    def __init__(self, path: str, start: int = 0) -> None:
+    def __init__(self, path: str, start: Steps = 0) -> None:
         super().__init__(start, start, hold_weights=False)
         self.path = path
         self._read: PruningPlan | None = None

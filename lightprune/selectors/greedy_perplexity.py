@@ -14,6 +14,7 @@ from lightprune.metrics import IGNORE_INDEX, token_losses
 from lightprune.observe import call_inputs, evaluating
 from lightprune.pipeline import Status
 from lightprune.selectors.base import LayerSelector
+from lightprune.steps import Steps
 
 
 class GreedyPerplexitySelector(LayerSelector):
@@ -31,7 +32,9 @@ class GreedyPerplexitySelector(LayerSelector):
         protect_last: how many of the last layers may not go.
     """
 
-    def __init__(self, drop: int, start: int = 0, stop: int = 4, protect_first: int = 0, protect_last: int = 0) -> None:
+    def __init__(
+        self, drop: int, start: Steps = 0, stop: Steps = 4, protect_first: int = 0, protect_last: int = 0
+    ) -> None:
         super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True)
         self._batches: list[dict[str, Tensor]] = []
 

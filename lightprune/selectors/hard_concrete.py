@@ -20,6 +20,7 @@ from lightprune.selectors.base import Selector
 from lightprune.selectors.budget import parameters_of, shape_within, smallest
 from lightprune.selectors.counts import Counts, Keep, serving_advice
 from lightprune.selectors.mask_set import MaskSet
+from lightprune.steps import Steps
 from lightprune.surgery import expected_parameters
 from lightprune.unit_values import UnitValues, Values
 
@@ -72,7 +73,7 @@ class HardConcreteSelector(Selector):
 
     def __init__(
         self,
-        stop: int,
+        stop: Steps,
         layers: Keep = None,
         heads: Keep = None,
         kv_groups: Keep = None,
@@ -81,7 +82,7 @@ class HardConcreteSelector(Selector):
         parameters: int | float | None = None,
         structures: Sequence[Structure] | None = None,
         multiple_of: int = 64,
-        start: int = 0,
+        start: Steps = 0,
         lr: float = 1.0,
         multiplier_lr: float = 1.0,
         warmup: float = 0.2,

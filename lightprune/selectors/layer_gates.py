@@ -10,6 +10,9 @@ from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.gates import Bypass, Placement, attach_gate, remove_all
 from lightprune.pipeline import Status
 from lightprune.selectors.base import LayerSelector, lowest
+from lightprune.steps import Steps
+
+STEPS_PER_ROUND = 20
 
 
 class LayerGateSelector(LayerSelector):
@@ -22,7 +25,7 @@ class LayerGateSelector(LayerSelector):
     Args:
         drop: how many layers go.
         rounds: over how many rounds; None is one layer a round, 1 is all at once.
-        steps_per_round: optimizer steps a round.
+        steps_per_round: optimizer steps a round, 20 where neither this nor `stop` is given.
         start: the optimizer step at which the first round begins.
         lr: Adam's learning rate for the gates.
         l1: strength of the l1 penalty, lambda_1, against a loss in nats per token; the default is the paper's. Ten
@@ -36,16 +39,20 @@ class LayerGateSelector(LayerSelector):
         protect_first: how many of the first layers may not go.
         protect_last: how many of the last layers may not go; at least 1 with the placement "output".
         hold_weights: freeze the model's weights in the window (TRSP's setting); False trains them along.
+        stop: in place of `steps_per_round`, the optimizer step by which the last round ends: the rounds share the steps
+            from `start` to it evenly. Steps may be shares of the run, such as "30%" (`lightprune.steps`).
     """
 
     alters = True
+    step_settings = ("start", "stop", "steps_per_round")
+    steps_per_round: int
 
     def __init__(
         self,
         drop: int,
         rounds: int | None = None,
-        steps_per_round: int = 20,
-        start: int = 0,
+        steps_per_round: Steps | None = None,
+        start: Steps = 0,
         lr: float = 0.02,
         l1: float = 5e-3,
         placement: Placement = "residual",
@@ -54,16 +61,19 @@ class LayerGateSelector(LayerSelector):
         protect_first: int = 0,
         protect_last: int = 0,
         hold_weights: bool = True,
+        stop: Steps | None = None,
     ) -> None:
-        steps = {"drop": drop, "rounds": rounds, "steps_per_round": steps_per_round, "start": start}
-        for key, value in steps.items():  # here, for they are multiplied below
-            check_number(self, key, value, whole=True, optional=key == "rounds")
+        if steps_per_round is not None and stop is not None:
+            raise ConfigError(
+                f"LayerGateSelector.steps_per_round is {steps_per_round} and LayerGateSelector.stop is {stop}: give "
+                "one of them, and set the other to null."
+            )
+        vars(self).update(steps_per_round=STEPS_PER_ROUND if steps_per_round is stop is None else steps_per_round)
         self.rounds = drop if rounds is None else rounds
-        self.steps_per_round = steps_per_round
         super().__init__(
             drop=drop,
             start=start,
-            stop=start + self.rounds * steps_per_round,
+            stop=0 if stop is None else stop,
             protect_first=protect_first,
             protect_last=protect_last,
             hold_weights=hold_weights,
@@ -84,6 +94,21 @@ class LayerGateSelector(LayerSelector):
         self._round_steps = 0
         self._stable_steps = 0
         self._smallest: list[int] = []
+
+    def resolve_steps(self, max_steps: int) -> None:
+        super().resolve_steps(max_steps)
+        for key in ("drop", "rounds", "start", "stop"):  # here, for these are divided and multiplied below
+            check_number(self, key, getattr(self, key), whole=True, optional=key == "rounds")
+        check_number(self, "steps_per_round", self.steps_per_round, whole=True, optional=True)
+        if self.steps_per_round is None:
+            between = self.stop - self.start
+            if not self.rounds <= between:
+                raise ConfigError(
+                    f"LayerGateSelector has {between} steps from `start` to `stop` for {self.rounds} rounds: set "
+                    f"`stop` to at least {self.start + self.rounds}, choose fewer `rounds`, or raise trainer.max_steps."
+                )
+            self.steps_per_round = between // max(self.rounds, 1)
+        self.stop = self.start + self.rounds * self.steps_per_round
 
     def check_settings(self) -> None:
         super().check_settings()

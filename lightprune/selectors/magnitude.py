@@ -11,6 +11,7 @@ from lightprune.errors import check_choice
 from lightprune.groups import Norm, unit_norms
 from lightprune.selectors.counts import Keep
 from lightprune.selectors.units import UnitSelector
+from lightprune.steps import Steps
 
 
 class MagnitudeUnitSelector(UnitSelector):
@@ -38,7 +39,7 @@ class MagnitudeUnitSelector(UnitSelector):
         hidden: Keep = None,
         multiple_of: int = 64,
         norm: Norm = "l2",
-        start: int = 0,
+        start: Steps = 0,
     ) -> None:
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, start, hold_weights=False)
         self.norm: Norm = norm

@@ -6,6 +6,7 @@ from typing import Any
 from lightprune.errors import check_number
 from lightprune.plan import PruningPlan
 from lightprune.selectors.base import LayerSelector
+from lightprune.steps import Steps
 
 
 class RandomSelector(LayerSelector):
@@ -21,7 +22,9 @@ class RandomSelector(LayerSelector):
 
     needs_batches = False
 
-    def __init__(self, drop: int, seed: int = 0, protect_first: int = 0, protect_last: int = 0, start: int = 0) -> None:
+    def __init__(
+        self, drop: int, seed: int = 0, protect_first: int = 0, protect_last: int = 0, start: Steps = 0
+    ) -> None:
         super().__init__(drop, start, start, protect_first, protect_last, hold_weights=False)
         self.seed = seed
 

@@ -10,6 +10,7 @@ from lightprune.errors import check_number
 from lightprune.plan import PruningPlan
 from lightprune.selectors.counts import Keep
 from lightprune.selectors.units import UnitSelector
+from lightprune.steps import Steps
 
 
 class RandomUnitSelector(UnitSelector):
@@ -35,7 +36,7 @@ class RandomUnitSelector(UnitSelector):
         hidden: Keep = None,
         multiple_of: int = 64,
         seed: int = 0,
-        start: int = 0,
+        start: Steps = 0,
     ) -> None:
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, start, hold_weights=False)
         self.seed = seed

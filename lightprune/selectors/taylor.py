@@ -13,6 +13,7 @@ from lightprune.errors import check_choice
 from lightprune.gates import change_input, change_output
 from lightprune.selectors.calibration import CalibratedUnitSelector, accumulator
 from lightprune.selectors.counts import Keep
+from lightprune.steps import Steps
 
 Accumulate = Literal["squared", "absolute"]
 
@@ -48,8 +49,8 @@ class TaylorUnitSelector(CalibratedUnitSelector):
         hidden: Keep = None,
         multiple_of: int = 64,
         accumulate: Accumulate = "squared",
-        start: int = 0,
-        stop: int = 16,
+        start: Steps = 0,
+        stop: Steps = 16,
     ) -> None:
         super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop)
         self.accumulate: Accumulate = accumulate

@@ -13,6 +13,7 @@ from lightprune.plan import PruningPlan
 from lightprune.scores import highest, highest_heads, of_groups, rounded, spread
 from lightprune.selectors.base import Selector
 from lightprune.selectors.counts import Counts, Keep, serving_advice
+from lightprune.steps import Steps
 
 
 class UnitSelector(Selector):
@@ -43,8 +44,8 @@ class UnitSelector(Selector):
         channels: Keep,
         hidden: Keep,
         multiple_of: int,
-        start: int,
-        stop: int,
+        start: Steps,
+        stop: Steps,
         hold_weights: bool,
     ) -> None:
         super().__init__(start, stop, hold_weights)

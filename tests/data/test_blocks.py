@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lightprune.data.blocks import PADDING, BlockDataset, Blocks, OrderedSampler, split_blocks, split_point
 from lightprune.data.tokens import TokenCache
 from lightprune.errors import ConfigError
+from tests.data.conftest import rows_of
 
 
 def cache_of(directory: Path, sizes: list[int]) -> TokenCache:
@@ -35,8 +36,8 @@ def test_blocks_equal_a_plain_loop(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, [5, 9, 3, 8, 6, 7, 4])  # 42 tokens; documents start at 0 5 14 17 25 31 38
     split = split_blocks(cache, block_size=4, validation=2, domain="d")
     assert split.by_document  # 34 would be 8 tokens from the end; the last boundary before it is 31
-    assert split.train.array.tolist() == pack(list(range(31)), 4)
-    assert split.validation.array.tolist() == pack(list(range(31, 42)), 4)
+    assert rows_of(split.train) == pack(list(range(31)), 4)
+    assert rows_of(split.validation) == pack(list(range(31, 42)), 4)
     assert split.dropped == 31 % 4 + 11 % 4
 
 
@@ -44,8 +45,8 @@ def test_long_documents_are_split_inside(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, [103])
     split = split_blocks(cache, block_size=10, validation=0.25, domain="d")  # round(0.25 * 10) = 2 blocks
     assert not split.by_document
-    assert split.train.array.tolist() == pack(list(range(80)), 10)
-    assert split.validation.array.tolist() == pack(list(range(80, 103)), 10)
+    assert rows_of(split.train) == pack(list(range(80)), 10)
+    assert rows_of(split.validation) == pack(list(range(80, 103)), 10)
     assert split.dropped == 3
 
 
@@ -77,7 +78,7 @@ def test_no_overlap_and_nothing_lost(sizes: list[int], block_size: int, share: f
 def test_a_limit_takes_training_blocks_only(tmp_path: Path) -> None:
     split = split_blocks(cache_of(tmp_path, [50, 50]), block_size=10, validation=3, domain="d")
     limited = split.limited(2)
-    assert limited.train.array.tolist() == pack(list(range(20)), 10)
+    assert rows_of(limited.train) == pack(list(range(20)), 10)
     assert limited.validation == split.validation
     assert split.limited(None) is split.limited(1000) is split
 
@@ -112,10 +113,10 @@ def test_samples_of_several_domains(tmp_path: Path) -> None:
 
 def test_workers_get_no_copy_of_the_tokens(tmp_path: Path) -> None:
     blocks = Blocks(cache_of(tmp_path, [60_000]).directory / "tokens.npy", 0, 6000, 10)
-    assert int(blocks.array[5, 0]) == 50
+    assert int(blocks[5][0]) == 50
     pickled = pickle.dumps(blocks)
     assert len(pickled) < 1000
-    assert pickle.loads(pickled).array[5].tolist() == list(range(50, 60))
+    assert pickle.loads(pickled)[5].tolist() == list(range(50, 60))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

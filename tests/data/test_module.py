@@ -16,7 +16,7 @@ import lightprune.data.domains
 import lightprune.data.module
 from lightprune.data import Source, TextDataModule
 from lightprune.errors import ConfigError
-from tests.data.conftest import EOS, byte_tokenizer
+from tests.data.conftest import EOS, byte_tokenizer, rows_of
 
 BLOCK, BATCH = 8, 2
 STREAM = {"s": Source(files="never/read.jsonl", streaming=True)}
@@ -145,21 +145,29 @@ def streams(texts: Path, cache: Path, **options: Any) -> TextDataModule:
     return data(texts, domains=domains, weights=weights, cache_dir=str(cache), **options)
 
 
-@pytest.mark.parametrize(("num_workers", "stops"), [(0, (1, 8, 33)), (2, (7,))])
+@pytest.mark.parametrize(
+    ("num_workers", "stops", "bos"), [(0, (1, 8, 33), None), (2, (7,), None), (0, (8, 33), "<bos>")]
+)
 def test_a_resumed_fit_on_streams_is_exact_with_and_without_the_cache(
-    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, stops: tuple[int, ...]
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_workers: int,
+    stops: tuple[int, ...],
+    bos: str | None,
 ) -> None:
     monkeypatch.setattr(lightprune.data.domains, "WINDOW", 5)
     options = {"max_steps": 60, "val_check_interval": 30, "check_val_every_n_epoch": None}
     whole = Recorder()
     every_step = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    first = streams(texts, tmp_path / "cache", num_workers=num_workers)
+    tokenizer = byte_tokenizer(bos=bos)
+    first = streams(texts, tmp_path / "cache", num_workers=num_workers, tokenizer=tokenizer)
     fit(whole, first, tmp_path, callbacks=[ChangeWeights(), every_step], **options)
     assert first.epochs_seen["upper"] > 2, "the stream has ended and begun again"
     for stop in stops:
         for cache in ("cache", f"fresh-{stop}"):
             resumed = Recorder()
-            datamodule = streams(texts, tmp_path / cache, num_workers=2 - num_workers)
+            datamodule = streams(texts, tmp_path / cache, num_workers=2 - num_workers, tokenizer=tokenizer)
             callbacks = {"callbacks": [ChangeWeights()], "enable_checkpointing": False}
             fit(resumed, datamodule, tmp_path, tmp_path / f"step={stop}.ckpt", **callbacks, **options)
             assert [b for _, b in resumed.seen] == [b for _, b in whole.seen[stop:]], (stop, cache)
@@ -235,15 +243,15 @@ def test_training_and_validation_share_no_document(texts: Path) -> None:
     datamodule.setup("fit")
     splits = datamodule._opened
     for name, character, documents, size in (("upper", b"A", 20, 11), ("lower", b"b", 30, 5)):
-        held_out = splits[name].validation.array.flatten().tolist()
-        train = splits[name].train.array.flatten().tolist()
+        held_out = [token for row in rows_of(splits[name].validation) for token in row]
+        train = [token for row in rows_of(splits[name].train) for token in row]
         numbers = [set(re.findall(rb"\d\d", bytes(t for t in side if t != EOS))) for side in (train, held_out)]
         assert not numbers[0] & numbers[1]
         assert character[0] in held_out
         assert 0 <= documents * size - len(train) - len(held_out) < 2 * BLOCK
     validation = list(datamodule.val_dataloader())
     assert plain_tokens(validation) == [
-        row for name in datamodule.domain_names for row in splits[name].validation.array.tolist()
+        row for name in datamodule.domain_names for row in rows_of(splits[name].validation)
     ]
     domains = torch.cat([batch["domain"] for batch in validation]).tolist()
     assert domains == sorted(domains)
@@ -316,6 +324,11 @@ def test_the_tokenizer_may_come_from_the_module_or_by_name(
     [
         ({"domains": {}}, "data.domains is empty, but must name at least one domain."),
         ({"domains": {"x": Source()}}, "data.domains.x wants exactly one of"),
+        ({"domains": {"x": {}}}, "data.domains.x wants exactly one of"),
+        ({"domains": {"x": {"file": "a"}}}, "data.domains.x.file is unknown: the keys of a domain are hub, saved, fi"),
+        ({"domains": {"x": "a.txt"}}, "data.domains.x is 'a.txt': it must be a Source, or a dictionary with some of"),
+        ({"domains": ["a.txt"]}, "data.domains is ['a.txt'], but must be a dictionary of sources by the domains' na"),
+        ({"domains": {1: {"files": "a"}}}, "data.domains has the name 1: a domain's name must be a text."),
         ({"block_size": 1}, "data.block_size is 1: it must be at least 2."),
         ({"batch_size": 0}, "data.batch_size is 0: it must be at least 1."),
         ({"num_workers": -1}, "data.num_workers is -1: it must be at least 0."),
@@ -361,6 +374,15 @@ def test_what_the_text_does_not_allow_is_refused_at_setup(texts: Path, tmp_path:
         data(texts, tokenizer=None).setup("fit")
     with pytest.raises(ConfigError, match=r"^data.domains.upper has 220 tokens, fewer than the 20 blocks of 11 that"):
         streams(texts, tmp_path, validation=20, block_size=11).setup("fit")
+
+
+def test_a_domain_may_be_a_plain_dictionary(texts: Path) -> None:
+    path = texts / "upper.txt"
+    sources = [Source(files=str(path), separator="|"), {"files": path, "separator": "|"}]
+    modules = [data(texts, domains={"d": source}) for source in sources]
+    assert modules[0].domains == modules[1].domains
+    modules[1].setup("fit")
+    assert modules[1].epochs_seen == {"d": 0.0}
 
 
 def test_a_missing_file_is_found_before_anything_is_tokenized(texts: Path, tmp_path: Path) -> None:

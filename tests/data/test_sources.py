@@ -1,13 +1,23 @@
+import bz2
+import csv
+import gzip
 import json
+import lzma
 import re
 import sys
+import time
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightprune.data import Source
 from lightprune.data.builtin import BUILTIN, PYTHON_SOURCE_BYTES
+from lightprune.data.documents import DocumentStream
+from lightprune.data.readers import _split
 from lightprune.errors import ConfigError
 
 
@@ -51,6 +61,95 @@ def test_a_separator_may_lie_across_the_chunks_that_are_read(texts: Path, monkey
         assert read(Source(files=str(texts / "d.txt"), separator="<>")) == whole.split("<>")
 
 
+def test_a_long_text_without_its_separator_is_looked_at_once(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk by chunk from the beginning, this would copy 64 GB of characters."""
+    monkeypatch.setattr("lightprune.data.readers._CHUNK", 32)
+    whole = "x" * 2**21
+    (texts / "d.txt").write_text(whole)
+    began = time.monotonic()
+    assert read(Source(files=str(texts / "d.txt"), separator="<>")) == [whole]
+    assert time.monotonic() - began < 5
+
+
+@given(text=st.text("ab<>", max_size=40), separator=st.text("a<>", min_size=1, max_size=4), size=st.integers(1, 7))
+def test_documents_are_cut_as_if_the_text_were_one_string(text: str, separator: str, size: int) -> None:
+    chunks = [text[i : i + size] for i in range(0, len(text), size)]
+    assert list(_split(chunks, separator)) == text.split(separator)
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_separator_of_blank_lines_whatever_the_line_ends(tmp_path: Path, line_end: str, separator: str) -> None:
+    (tmp_path / "x.txt").write_bytes(line_end.join(["one", "more", "", "two", "", "three"]).encode())
+    assert read(Source(files=str(tmp_path / "x.txt"), separator=separator)) == ["one\nmore", "two", "three"]
+
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.txt", b"one|two"),
+        ("x.jsonl", b'{"text": "one"}\r\n{"text": "two"}\r\n'),
+        ("x.csv", b'id,text\r\n1,one\r\n2,"two"\r\n'),
+        ("x.tsv", b"text\tid\none\t1\ntwo\t2\n"),
+        ("X.JSONL", b'{"text": "one"}\n{"text": "two"}\n'),
+        ("X.CSV", b"text\none\ntwo\n"),
+    ],
+)
+@pytest.mark.parametrize("mark", [b"", BYTE_ORDER_MARK], ids=["", "marked"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_kind_of_file(
+    tmp_path: Path, name: str, content: bytes, mark: bytes, suffix: str, streaming: bool
+) -> None:
+    compress = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(compress(mark + content))
+    source = Source(files=path, separator="|", streaming=streaming)  # type: ignore[arg-type]
+    source.check("d")
+    assert list(DocumentStream(source, "d")) == read(source) == ["one", "two"]
+
+
+def test_a_table_is_read_as_it_is_written(tmp_path: Path) -> None:
+    """Line breaks and commas in quotes; what looks like numbers or missing; a guess from the first rows that fails."""
+    rows = [["1", "7"], ["NA", "8"], ['a "b",\nc', "x"], ["", "9"], ["long" * 400_000, "1"]]
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["body", "n"], *([text, number] for text, number in rows)])
+    assert read(Source(files=str(tmp_path / "x.csv"), text="body")) == [text for text, _ in rows]
+
+
+def test_a_table_that_an_earlier_release_has_cached_as_prose_is_read_anew(tmp_path: Path) -> None:
+    for name in ("x.csv", "x.tsv", "x.JSONL", "x.txt", "x.jsonl"):
+        path = tmp_path / name
+        path.write_text("text\n")
+        stat = path.stat()
+        earlier = [str(path), stat.st_size, stat.st_mtime_ns]
+        stays = name in ("x.txt", "x.jsonl")
+        assert (Source(files=str(path)).identity("d")["files"] == [earlier]) == stays
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_local_directory_given_as_hub_is_known_by_its_files(tmp_path: Path, streaming: bool) -> None:
+    folder = tmp_path / "local"
+    folder.mkdir()
+    source = Source(hub=folder, streaming=streaming)  # type: ignore[arg-type]
+    before = None
+    for text in ("one", "two and more"):
+        (folder / "train.jsonl").write_text(json.dumps({"text": text}))
+        assert source.identity("d") != before
+        before = source.identity("d")
+        assert list(DocumentStream(source, "d")) == [text]
+    assert source.identity("d") == before
+
+
+def test_paths_are_as_good_as_strings(texts: Path) -> None:
+    assert Source(files=texts / "a.txt") == Source(files=str(texts / "a.txt"))  # type: ignore[arg-type]
+    assert Source(files=(texts / "a.txt", "b")).files == [str(texts / "a.txt"), "b"]  # type: ignore[arg-type]
+    assert Source(saved=texts).saved == str(texts)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json"])
 def test_json_lines(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows.{suffix}"
@@ -88,6 +187,12 @@ def test_package_resources(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "carrier_of_text" not in sys.modules
 
 
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("no_network")
 def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -157,6 +262,10 @@ def test_python_source_is_the_standard_library_up_to_its_limit() -> None:
             Source(files="x", max_blocks=2.5),
             "data.domains.d.max_blocks is 2.5: it must be a whole number, at least 1, or null.",
         ),  # type: ignore[arg-type]
+        (Source(files=3), "data.domains.d.files is 3: it must be a path, a glob, or a list of these."),  # type: ignore[arg-type]
+        (Source(files=["x", 3]), "data.domains.d.files is ['x', 3]: it must be a path"),  # type: ignore[list-item]
+        (Source(files="x", text=None), "data.domains.d.text is None: it must be a text."),  # type: ignore[arg-type]
+        (Source(files="x", streaming="yes"), "data.domains.d.streaming is 'yes': it must be true or false."),  # type: ignore[arg-type]
     ],
 )
 def test_settings_that_cannot_work_are_refused_unseen(source: Source, sentence: str) -> None:
@@ -179,11 +288,25 @@ def test_settings_that_cannot_work_are_refused_unseen(source: Source, sentence: 
             {"saved": "{}/many", "text": "content"},
             "data.domains.d.text is 'content', but the data set has only: n, text.",
         ),
-        ({"saved": "{}/many", "text": "n"}, "data.domains.d.text is 'n', but that field holds int, not text."),
+        ({"saved": "{}/many", "text": "n"}, "data.domains.d.text is 'n', but that field holds int, not text: name an"),
+        ({"files": "{}/chats.jsonl"}, "holds list, not text: name another one, or make it text first (chats: with the"),
+        ({"files": "{}/chats.parquet"}, "holds list, not text: name another one, or make it text first (chats: with"),
+        ({"files": "{}/broken.txt.gz"}, "data.domains.d.files names {}/broken.txt.gz, which cannot be read: "),
+        ({"files": "{}/cut-off.txt.gz"}, "data.domains.d.files names {}/cut-off.txt.gz, which cannot be read: "),
+        ({"files": "{}/x.tar.gz"}, "data.domains.d.files names {}/x.tar.gz: unpack it first; of compressed files, .gz"),
+        ({"files": "{}/x.jsonl.zst"}, "data.domains.d.files names {}/x.jsonl.zst: unpack it first"),
+        ({"files": "{}/empty.csv"}, "data.domains.d.files names {}/empty.csv, which cannot be read: Empty CSV file."),
+        ({"files": "{}/empty.parquet"}, "empty.parquet, which is not a Parquet file."),
+        ({"files": "{}/uneven.csv"}, "data.domains.d.files names {}/uneven.csv, which cannot be read: CSV parse error"),
+        ({"files": "{}/latin.csv"}, "data.domains.d.files names {}/latin.csv, which cannot be read: "),
+        (
+            {"files": "{}/rows.tsv", "text": "x"},
+            "data.domains.d.text is 'x', but {}/rows.tsv has only: id, text.",
+        ),
         ({"files": "{}/r.parquet", "text": "content"}, "r.parquet has only: n, text."),
         ({"files": "{}/fake.parquet"}, "fake.parquet, which is not a Parquet file."),
         ({"files": "{}/rows.jsonl", "text": "content"}, "'content', but line 1 of {}/rows.jsonl has only: id, text."),
-        ({"files": "{}/rows.jsonl"}, "rows.jsonl, whose line 2 is not a JSON object."),
+        ({"files": "{}/rows.jsonl"}, "rows.jsonl, whose line 2 is not a JSON object: write one object a line"),
         ({"files": "{}/latin.txt"}, "data.domains.d.files names {}/latin.txt, which is not UTF-8 text."),
     ],
 )
@@ -194,11 +317,21 @@ def test_what_is_missing_or_unreadable_is_named(tmp_path: Path, options: dict[st
     (tmp_path / "fake.parquet").write_text("no")
     (tmp_path / "rows.jsonl").write_text('{"id": 1, "text": "x"}\n["y"]\n')
     (tmp_path / "latin.txt").write_bytes("über".encode("latin-1"))
+    (tmp_path / "latin.csv").write_bytes("text\nüber".encode("latin-1"))
+    (tmp_path / "chats.jsonl").write_text('{"text": [{"role": "user", "content": "x"}]}')
+    datasets.Dataset.from_dict({"text": [[{"role": "user"}]]}).to_parquet(str(tmp_path / "chats.parquet"))
+    (tmp_path / "broken.txt.gz").write_text("no")
+    (tmp_path / "cut-off.txt.gz").write_bytes(gzip.compress(b"long" * 100)[:-9])
+    (tmp_path / "rows.tsv").write_text("id\ttext\n")
+    (tmp_path / "uneven.csv").write_text("id,text\n1,x\n2\n")
+    for name in ("x.tar.gz", "x.jsonl.zst", "empty.csv", "empty.parquet"):
+        (tmp_path / name).write_bytes(b"")
     source = Source(**{key: value.format(tmp_path) for key, value in options.items()})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=re.escape(sentence.format(tmp_path))):
         read(source)
 
 
+@pytest.mark.usefixtures("no_network")
 def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no route to the hub\nand a long explanation")

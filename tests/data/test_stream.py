@@ -54,7 +54,7 @@ def stream_of(source: Source, directory: Path) -> TokenStream:
 
 
 def written(stream: TokenStream) -> list[int]:
-    return np.fromfile(stream.path, stream.dtype)[: stream.progress.tokens].tolist()
+    return stream.blocks(0, 1).tokens(0, stream.progress.tokens).tolist()
 
 
 class Counted(Source):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lightprune.data import Source
+from lightprune.data.stream import TokenStream
 from lightprune.data.tokens import cache_entry, cache_root, tokenize_once, tokenizer_identity
 from lightprune.errors import ConfigError
 from tests.data.conftest import EOS, byte_tokenizer, tokens_of
@@ -89,6 +91,25 @@ def test_the_entry_depends_on_text_and_tokenizer(tmp_path: Path, tokenizer: PreT
     assert entry(tokenizer, separator="b") != first
     path.write_text("abcd")
     assert entry(tokenizer) != first
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_token_ids_that_lie_far_apart(tmp_path: Path, streaming: bool) -> None:
+    """Few tokens, but ids beyond 16 bits: the vocabulary's size says nothing about them."""
+    vocabulary = {"<eos>": 0, "a": 1, "b": 65_536, "c": 200_000}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    sparse = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+    assert len(sparse) < 10
+    (tmp_path / "x.txt").write_text("a b c")
+    source = Source(files=str(tmp_path / "x.txt"), streaming=streaming)
+    if streaming:
+        stream = TokenStream(source, sparse, domain="d", directory=tmp_path / "e")
+        stream.ensure(4)
+        assert stream.blocks(0, 4)[0].tolist() == [1, 65_536, 200_000, 0]
+    else:
+        tokens = tokenize_once(source, sparse, domain="d", directory=tmp_path / "e").tokens
+        assert tokens.tolist() == [1, 65_536, 200_000, 0]
 
 
 def test_racing_processes_share_one_entry(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

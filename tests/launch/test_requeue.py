@@ -1,5 +1,6 @@
 """What `launch/fit.sbatch` makes of the ways in which a run may answer the warning, with small programs for the run."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,27 @@ def test_over(program: str, state: str, jobs: dict[str, Job]) -> None:
     job = jobs[program]
     assert job.end() == state
     assert job.restarts == 0
+
+
+def test_jobs_of_one_shell_have_ports_of_their_own(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the shell's environment holds; where the environment's file names a port, that counts."""
+    monkeypatch.setitem(cluster.environment, "MASTER_PORT", "12345")
+    ask = "from lightning.fabric.plugins.environments import SLURMEnvironment; print(SLURMEnvironment().main_port)"
+    found, ids = [], []
+    for name, line in (("one", ""), ("two", ""), ("chosen", "export MASTER_PORT=12321\n")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "python").write_text(f"#!/bin/bash\n{sys.executable} -c '{ask}' > port\n")
+        (folder / "python").chmod(0o755)
+        (folder / "env.sh").write_text(f"export PATH={folder}:$PATH\n{line}")
+        job = Job(cluster, folder, cluster.submit("--cpus-per-task=1", SCRIPT, cwd=folder, LIGHTPRUNE_ENV="env.sh"))
+        assert job.end() == "COMPLETED", job.log()
+        found.append(int((folder / "port").read_text()))
+        ids.append(int(job.id))
+    assert found == [15_000 + ids[0] % 10_000, 15_000 + ids[1] % 10_000, 12_321]
+    assert found[0] != found[1]
 
 
 def test_an_environment_that_is_not_there(cluster: Cluster, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def refused(folder: Path, message: str, options: dict[str, Any], **kwargs: Any) 
         ({"radius": "x"}, "radius is 'x'.*a finite number, above 0"),
         ({"every": None}, "every is None.*a whole number, at least 1"),
         ({"start": 0.5}, "start is 0.5.*a whole number"),
-        ({"stop": "5"}, "stop is '5'.*a whole number, or null"),
+        ({"stop": "5"}, "stop is '5'.*a whole number of optimizer steps, or a share of the run"),
         ({"floor": 1.0}, "floor is 1.0.*below 1"),
         ({"floor": -0.1}, "floor is -0.1.*at least 0"),
         ({"every": 0}, "every is 0.*at least 1"),
