@@ -37,12 +37,12 @@ PACKAGES = ("lightprune", "torch", "lightning", "transformers", "datasets")
 class RunReport(FinishingCallback):
     """Writes `summary.json` to the trainer's `default_root_dir` and prints its tables when training ends.
 
-    It holds the model's counts before and after, the validation metrics at the start, just before each
-    cut, just after it and at the end, the training tokens and the wall time of every phase, the seed and the
-    versions, and the pruning plan. Whatever a module logs in validation is reported under its own names. In a run
-    without pruning callbacks, without validation data or without a Hugging Face model, what cannot be known is left
-    out; so are the metrics at the end where a resume finds nothing left to train. If the run ended before a cut,
-    `ended_before_cut` is the step that this cut was set to; else it is null.
+    It holds the model's counts before and after, the validation metrics at the start, just before each cut, just after
+    it and at the end, the training tokens and the wall time of every phase, the seed, the precision, the versions, and
+    the pruning plan. Whatever a module logs in validation is reported under its own names. In a run without pruning
+    callbacks, without validation data or without a Hugging Face model, what cannot be known is left out; so are the
+    metrics at the end where a resume finds nothing left to train. If the run ended before a cut, `ended_before_cut` is
+    the step that this cut was set to; else it is null.
 
     Tokens are those that the language model sees in training batches, padding excluded where an
     `attention_mask` tells; they are summed over ranks. Totals go on after a resume, where each rank continues
@@ -50,10 +50,16 @@ class RunReport(FinishingCallback):
 
     Args:
         validate_at_start: run the validation loop before the first training step of a fresh run.
+
+    Attributes:
+        precision_reason: why the run has its precision, if whoever chose it says so.
     """
+
+    precision_reason: str | None = None
 
     def __init__(self, validate_at_start: bool = True) -> None:
         self.validate_at_start = validate_at_start
+        self._precision: dict[str, str | None] = {}
         self._phase = "validation"
         self._mark: float | None = None
         self._hook: RemovableHandle | None = None
@@ -68,6 +74,7 @@ class RunReport(FinishingCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin anew, unless this trainer has trained already and goes on."""
         super().setup(trainer, pl_module, stage)
+        self._precision = {"used": str(trainer.precision), "reason": self.precision_reason}
         if stage == "fit" and trainer.global_step == 0:
             self._forget()
 
@@ -78,6 +85,7 @@ class RunReport(FinishingCallback):
             "seconds": dict(self._seconds),
             "metrics": {moment: dict(metrics) for moment, metrics in self._metrics.items()},
             "before": dict(self._before),
+            "precision": dict(self._precision),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -196,8 +204,23 @@ class RunReport(FinishingCallback):
                 if phase in self._seconds
             },
             "seed": None if seed is None else int(seed),
+            "precision": self._precision,
             "versions": versions(),
         }
+
+
+def recorded_precision(states: Mapping[str, Any]) -> str | None:
+    """The precision that a report has noted in the states of a checkpoint's callbacks; None if there is none.
+
+    Args:
+        states: the state of each callback, by its `state_key`.
+    """
+    for state in states.values():
+        noted = state.get("precision") if isinstance(state, Mapping) else None
+        used = noted.get("used") if isinstance(noted, Mapping) else None
+        if isinstance(used, str):
+            return used
+    return None
 
 
 def write_summary(summary: Mapping[str, Any], directory: Path) -> Path:

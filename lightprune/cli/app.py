@@ -3,7 +3,7 @@
 import json
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -112,15 +112,26 @@ class LightpruneCLI(LightningCLI):
         defaults = default_callbacks(callbacks, progress_bar=config["enable_progress_bar"] is not False)
         # In front, so that the report's last validation is there when the export writes its model card.
         callbacks = [*defaults, *callbacks]
-        offline = OFFLINE if self.subcommand in ("plan", "export") else {}
         try:
-            return super().instantiate_trainer(callbacks=callbacks, **offline, **kwargs)
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # of an argument of the Trainer's, or two callbacks with one state
+            if self.subcommand in ("plan", "export"):
+                kwargs |= OFFLINE
+            else:
+                kwargs |= self._precision(dict(config), callbacks)
+            return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        # Of an argument of the Trainer's, or two callbacks with one state.
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(str(error)) from error
+
+    def _precision(self, config: Mapping[str, Any], callbacks: Sequence[Callback]) -> dict[str, str | None]:
+        """What the trainer gets for `precision`; reports get the reason."""
+        from lightprune.cli.precision import choose_precision
+        from lightprune.report import RunReport
+
+        choice = choose_precision(config, callbacks, self._get(self.config, "ckpt_path"))
+        for callback in callbacks:
+            if choice is not None and isinstance(callback, RunReport):
+                callback.precision_reason = choice.reason
+        return {"precision": None if choice is None else choice.used}
 
 
 def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[Callback]:

@@ -1,13 +1,26 @@
 """`PruningTrainer`: a Trainer with the verbs `plan` and `export`."""
 
+from typing import Any, Literal
+
 import lightning.pytorch as pl
+
+# Private: the type of Lightning's own argument, to which "auto" is added (checked in 2.6.6).
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
+
+PrecisionSetting = Literal["auto"] | _PRECISION_INPUT | None
 
 
 class PruningTrainer(pl.Trainer):
     """A Trainer with the two verbs that need a model and no training.
 
     Their code is imported when they run: the command line reads this class's arguments also where it only prints help.
+
+    Args:
+        precision: as in `Trainer`, or "auto", in whose place the command line sets what is fast on the devices.
     """
+
+    def __init__(self, *args: Any, precision: PrecisionSetting = None, **kwargs: Any) -> None:
+        super().__init__(*args, precision=precision, **kwargs)  # type: ignore[arg-type]
 
     def plan(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
         """Print what a config would cut, when, and the shape that results; trains nothing."""
