@@ -1,5 +1,6 @@
 """Every selector in every ordinary run: it ends with a model that works, or with a sentence, and never in between."""
 
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 import lightprune as lp
 from lightprune.anatomy import anatomy_of
@@ -73,23 +75,36 @@ def ends(folder: Path, name: str, kind: type[Ordinary], length: str, validation:
     monitored = "val/loss" if validation else "train/loss"
     stopping: list[Callback] = [EarlyStopping(monitored, patience=1, min_delta=99.0)]
     cut = lp.StructuredCut(at=CUT)
-    callbacks = [SELECTORS[name](folder), cut, *(stopping if length == "early stopping" else [])]
+    out = folder / f"{length}, {validation}"
+    callbacks = [
+        SELECTORS[name](folder),
+        cut,
+        lp.ExportHF(str(out)),
+        *(stopping if length == "early stopping" else []),
+    ]
     trainer = trainer_for(callbacks, **{"max_steps": -1, "default_root_dir": folder} | LENGTHS[length])
     module = kind(tiny_lm(num_layers=LAYERS))
     data = batches(STEPS // 2)
-    try:
-        trainer.fit(module, data, batches(1) if validation else None)
-    except lp.ConfigError:
-        refused = trainer.global_step == 0 and (name, kind) == ("GreedyPerplexitySelector", OfEmbeddings)
-        if refused:
-            return
-        raise
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(module, data, batches(1) if validation else None)
+        except lp.ConfigError:
+            refused = trainer.global_step == 0 and (name, kind) == ("GreedyPerplexitySelector", OfEmbeddings)
+            if refused:
+                return
+            raise
     assert cut.done or trainer.global_step < CUT
     assert cut.done or length in ("max_time", "early stopping")
     assert set(cut.metrics) == ({"before", "after"} if cut.done else set())
     assert all(bool(metrics) == validation for metrics in cut.metrics.values())
+    assert cut.done == out.exists()
+    if not cut.done:
+        assert any("before the cut at step 3, so this cut was not made" in str(warning.message) for warning in told)
+        return
+    exported = AutoModelForCausalLM.from_pretrained(out)
     with torch.no_grad():
-        assert module.lm.eval()(tokens()).logits.isfinite().all()
+        assert torch.allclose(exported(tokens()).logits, module.lm.eval()(tokens()).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [Ordinary, OnTheDecoder, OfEmbeddings])
