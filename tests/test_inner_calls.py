@@ -78,7 +78,7 @@ def test_a_pass_on_the_side_does_not_disturb_checkpointed_layers(parts: str, ree
     assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_pass_on_the_side_sees_the_masks_of_evaluation() -> None:
+def test_a_pass_on_the_side_sees_the_masks_of_evaluation(tmp_path: Path) -> None:
     """In the head too, if it is the embedding, and whichever way the model is called."""
     selector = lp.HardConcreteSelector(stop=9, hidden=24, channels=32)
     seen: list[Tensor] = []
@@ -90,7 +90,7 @@ def test_a_pass_on_the_side_sees_the_masks_of_evaluation() -> None:
                 seen.append(super().training_step(batch, batch_idx) - whole)
             return super().training_step(batch, batch_idx)
 
-    fit(Looks(tiny_lm("llama_tied")), [selector], batches(3), max_steps=3)
+    fit(Looks(tiny_lm("llama_tied")), [selector], batches(3), max_steps=3, default_root_dir=tmp_path)
     torch.testing.assert_close(torch.stack(seen), torch.zeros(3))
 
 
