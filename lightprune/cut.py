@@ -78,6 +78,7 @@ class StructuredCut(Part):
                 f"{type(averaging[0]).__name__} keeps a copy of the uncut model and would average different layers "
                 "after the cut: leave it out of trainer.callbacks, or average in a run of its own."
             )
+        pipeline.engine.check_cut()
         check_averages(pipeline.module, pipeline.anatomy)
         savers = pipeline.trainer.checkpoint_callbacks
         if savers and all(getattr(saver, "save_weights_only", False) for saver in savers):

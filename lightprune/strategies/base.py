@@ -69,6 +69,13 @@ class Engine(ABC):
             ConfigError: there are such.
         """
 
+    def check_cut(self) -> None:
+        """Refuse settings of the strategy under which a model can be trained and not cut.
+
+        Raises:
+            ConfigError: there are such.
+        """
+
     def expect_skips(self, skips: bool) -> None:
         """Say whether steps that move weights may leave whole layers out. Holds from the next wrapping of the model."""
 

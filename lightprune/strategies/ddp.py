@@ -6,6 +6,9 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
+
+# Private, checked in 2.6.6: what `ddp_spawn`, `ddp_fork` and `ddp_notebook` start ranks with.
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch.nn.parallel import DistributedDataParallel
 
 from lightprune.errors import ConfigError
@@ -31,6 +34,13 @@ class DDP(Engine):
             raise ConfigError(
                 f"DDPStrategy.model_averaging_period is {self.strategy._model_averaging_period}: ranks whose weights "
                 "differ cannot be cut as one model; set trainer.strategy.init_args.model_averaging_period=null."
+            )
+
+    def check_cut(self) -> None:
+        if isinstance(self.strategy.launcher, _MultiProcessingLauncher):
+            raise ConfigError(
+                "trainer.strategy starts its ranks from one process, which then loads what they trained into a model "
+                "that is not cut: set trainer.strategy=ddp, and start the script by itself, by torchrun or by srun."
             )
 
     @contextmanager

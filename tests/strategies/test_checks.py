@@ -66,6 +66,17 @@ def test_what_works_is_not_refused(strategy: Strategy | str) -> None:
         engine_of(trainer).check()
 
 
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_ranks_that_hand_their_weights_to_an_uncut_model(strategy: str) -> None:
+    with pytest.raises(lp.ConfigError, match=r"loads what they trained into a model that is not cut.*strategy=ddp"):
+        engine_of(trainer_with(strategy)).check_cut()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "auto", zero(2)])
+def test_strategies_that_cut(strategy: Strategy | str) -> None:
+    engine_of(trainer_with(strategy)).check_cut()
+
+
 @pytest.mark.parametrize("installed", ["0.19.7", "0.20.0"])
 def test_a_version_of_deepspeed_that_was_not_checked(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_file, "version", lambda name: installed)
