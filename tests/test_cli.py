@@ -151,11 +151,12 @@ def test_export_takes_the_tokenizer_that_is_named(
 def test_urls_are_no_place_for_an_export(url: str, configs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     export = {"class_path": "lightprune.ExportHF", "init_args": {"path": url}}
     Path("export.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [export]}}))
+    torch.save({}, "none.ckpt")
     assert main(["export", *configs, "--ckpt_path=none.ckpt", "--output", url]) == 2
     assert f"The output is '{url}', a URL: name a local directory in `output`" in capsys.readouterr().err
     assert main(["fit", *configs, "--config", "export.yaml"]) == 2
     assert f"The output is '{url}', a URL: name a local directory in `path`" in capsys.readouterr().err
-    assert not list(Path().rglob("*.ckpt"))
+    assert [path.name for path in Path().rglob("*.ckpt")] == ["none.ckpt"]
 
 
 def test_a_run_whose_export_fails_keeps_all_and_says_so(

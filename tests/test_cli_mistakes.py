@@ -49,7 +49,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (lambda c: c["trainer"].update(max_step=3), "trainer has no setting 'max_step' (did you mean 'max_steps'?)"),
         (lambda c: c["trainer"].update(max_steps="lots"), "trainer.max_steps is 'lots': it must be a whole number."),
-        (lambda c: c["trainer"].update(precision=12), "trainer.precision is '12': it must be 64, 32, 16, "),
+        (lambda c: c["trainer"].update(precision=12), "trainer.precision is '12': it must be auto, 64, 32, 16, "),
         (lambda c: c["trainer"].update(accelerator="cpu", devices="two"), "`devices` selected with `CPUAccelerator`"),
         (lambda c: c["trainer"].update(callbacks="None"), "trainer.callbacks: there is no class 'None'"),
         (
