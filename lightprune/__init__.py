@@ -6,18 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` brings, for type checkers and editors
     from lightprune.anatomy import Anatomy, Family, anatomy_of
+    from lightprune.callbacks.preemption import PreemptionCheckpoint
+    from lightprune.callbacks.progress import PruningProgressBar
+    from lightprune.callbacks.random_state import RandomState
+    from lightprune.callbacks.run_report import RunReport
     from lightprune.cut import StructuredCut
-    from lightprune.errors import ConfigError
+    from lightprune.errors import ConfigError, ExportError
     from lightprune.export import ExportHF, export_hf
     from lightprune.module import CausalLM
-    from lightprune.pipeline import Pipeline
+    from lightprune.pipeline import Part, Pipeline, PruningCallback
     from lightprune.plan import PruningPlan
-    from lightprune.preemption import PreemptionCheckpoint
-    from lightprune.progress import PruningProgressBar
-    from lightprune.random_state import RandomState
     from lightprune.recovery import LoRARecovery, Recovery
-    from lightprune.regularizers import DifferencePenalty, GateAnnealing, GroupNormPenalty, ProximalGroupLasso
-    from lightprune.report import RunReport
+    from lightprune.regularizers import (
+        DifferencePenalty,
+        GateAnnealing,
+        GroupNormPenalty,
+        ProximalGroupLasso,
+        Regularizer,
+    )
     from lightprune.reweighting import DomainReweighting
     from lightprune.selectors import (
         ActivationUnitSelector,
@@ -25,11 +31,14 @@ if TYPE_CHECKING:  # what `__getattr__` brings, for type checkers and editors
         GreedyPerplexitySelector,
         HardConcreteSelector,
         LayerGateSelector,
+        LayerSelector,
         MagnitudeUnitSelector,
         PlanFromFile,
         RandomSelector,
         RandomUnitSelector,
+        Selector,
         TaylorUnitSelector,
+        UnitSelector,
     )
 
 __version__ = "0.1.0"
@@ -42,6 +51,7 @@ __all__ = [
     "ConfigError",
     "DifferencePenalty",
     "DomainReweighting",
+    "ExportError",
     "ExportHF",
     "Family",
     "GateAnnealing",
@@ -49,21 +59,27 @@ __all__ = [
     "GroupNormPenalty",
     "HardConcreteSelector",
     "LayerGateSelector",
+    "LayerSelector",
     "LoRARecovery",
     "MagnitudeUnitSelector",
+    "Part",
     "Pipeline",
     "PlanFromFile",
     "PreemptionCheckpoint",
     "ProximalGroupLasso",
+    "PruningCallback",
     "PruningPlan",
     "PruningProgressBar",
     "RandomSelector",
     "RandomState",
     "RandomUnitSelector",
     "Recovery",
+    "Regularizer",
     "RunReport",
+    "Selector",
     "StructuredCut",
     "TaylorUnitSelector",
+    "UnitSelector",
     "anatomy_of",
     "export_hf",
 ]
@@ -73,22 +89,23 @@ _HOMES = {
     name: f"lightprune.{module}"
     for module, names in {
         "anatomy": "Anatomy Family anatomy_of",
+        "callbacks.preemption": "PreemptionCheckpoint",
+        "callbacks.progress": "PruningProgressBar",
+        "callbacks.random_state": "RandomState",
+        "callbacks.run_report": "RunReport",
         "cut": "StructuredCut",
-        "errors": "ConfigError",
+        "errors": "ConfigError ExportError",
         "export": "ExportHF export_hf",
         "module": "CausalLM",
-        "pipeline": "Pipeline",
+        "pipeline": "Part Pipeline PruningCallback",
         "plan": "PruningPlan",
-        "preemption": "PreemptionCheckpoint",
-        "progress": "PruningProgressBar",
-        "random_state": "RandomState",
         "recovery": "LoRARecovery Recovery",
-        "regularizers": "DifferencePenalty GateAnnealing GroupNormPenalty ProximalGroupLasso",
-        "report": "RunReport",
+        "regularizers": "DifferencePenalty GateAnnealing GroupNormPenalty ProximalGroupLasso Regularizer",
         "reweighting": "DomainReweighting",
         "selectors": (
             "ActivationUnitSelector BlockInfluenceSelector GreedyPerplexitySelector HardConcreteSelector "
-            "LayerGateSelector MagnitudeUnitSelector PlanFromFile RandomSelector RandomUnitSelector TaylorUnitSelector"
+            "LayerGateSelector LayerSelector MagnitudeUnitSelector PlanFromFile RandomSelector RandomUnitSelector "
+            "Selector TaylorUnitSelector UnitSelector"
         ),
     }.items()
     for name in names.split()

@@ -14,17 +14,17 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightprune.errors import ConfigError, check_number
-from lightprune.host import callbacks_of, run_validation
-from lightprune.module_checks import check_averages
-from lightprune.pipeline import Part, Stage
+from lightprune.integrations.lightning import callbacks_of, run_validation
+from lightprune.pipeline import CuttingPart, PruningCallback
+from lightprune.pipeline.module_checks import check_averages
+from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
-from lightprune.steps import Steps
 from lightprune.surgery import cut_model
 
 _WEIGHT_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
 
-class StructuredCut(Part):
+class StructuredCut(PruningCallback, CuttingPart):
     """Cuts the model physically inside the running fit; the optimizers, schedulers and `global_step` go on.
 
     Callbacks that follow validation take these two for any others: an `EarlyStopping` counts them, and a
@@ -32,10 +32,9 @@ class StructuredCut(Part):
     before the cut, so that the step's checkpoint holds the cut model.
 
     Args:
-        at: the optimizer step after which the model is cut, or a share of the run such as "75%" (`lightprune.steps`).
-            It may not come before the last selector's and the last regularizer's window end, nor after the run. At the
-            very end of the run there is no recovery (TRSP). None cuts as soon as these windows end; several cuts each
-            need their `at`.
+        at: the optimizer step after which the model is cut, or a share of the run such as "75%". It may not come before
+            the last selector's and the last regularizer's window end, nor after the run. At the very end of the run
+            there is no recovery (TRSP). None cuts as soon as these windows end; several cuts each need their `at`.
         validate: run the validation loop just before and just after the cut, if the run has validation data.
 
     Attributes:
@@ -45,27 +44,20 @@ class StructuredCut(Part):
         seconds: how long surgery took, validation excluded.
     """
 
-    stage = Stage.CUT
     step_settings = ("at",)
-    at: int
 
     def __init__(self, at: Steps | None = None, validate: bool = True) -> None:
         vars(self).update(at=at)  # None or a share until the run's steps are known
         self.validate = validate
-        self.plan: PruningPlan | None = None
-        self.step: int | None = None
-        self.metrics: dict[str, dict[str, float]] = {}
-        self.parameters: dict[str, int] = {}
+        self.plan = None
+        self.step = None
+        self.metrics = {}
+        self.parameters = {}
         self.seconds = 0.0
 
     @property
     def begins(self) -> int:
         return self.at
-
-    @property
-    def done(self) -> bool:
-        """Whether the model is cut."""
-        return self.plan is not None
 
     def check_settings(self) -> None:
         check_number(self, "at", self.at, whole=True, least=0)

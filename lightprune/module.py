@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.data import TextDataModule
 from lightprune.errors import ConfigError
-from lightprune.host import data_of
 from lightprune.hub import Dtype, load_causal_lm, load_tokenizer
+from lightprune.integrations.lightning import data_of
+from lightprune.integrations.zero_params import whole_construction
 from lightprune.metrics import DomainLoss, token_losses
-from lightprune.partitioned import whole_construction
 
 
 class CausalLM(LightningModule):

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightprune as lp
+from lightprune.callbacks.random_state import RandomState
 from lightprune.data import Source, TextDataModule
-from lightprune.host import find_causal_lm
+from lightprune.integrations.lightning import find_causal_lm
 from lightprune.module import CausalLM
-from lightprune.random_state import RandomState
 from tests.families import tiny_lm
 from tests.training import Batch, Plain, batches, trainer_for
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightprune.atomic_save import put_in_place, save_atomically
+from lightprune.integrations.atomic_save import put_in_place, save_atomically
 from tests.training import Plain, batches, trainer_for
 
 PARTS = ("weights", "optimizer")

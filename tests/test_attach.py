@@ -32,7 +32,7 @@ from lightprune import (
     TaylorUnitSelector,
 )
 from lightprune.anatomy import anatomy_of
-from lightprune.host import find_causal_lm
+from lightprune.integrations.lightning import find_causal_lm
 from tests.families import tiny_lm
 from tests.test_bad_input import attached
 from tests.training import (

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightprune import ConfigError
+from lightprune.callbacks.progress import PruningProgressBar
+from lightprune.callbacks.random_state import RandomState
+from lightprune.callbacks.run_report import RunReport
 from lightprune.cli import default_callbacks, main
 from lightprune.data import DomainCounts
 from lightprune.errors import ExportError
-from lightprune.progress import PruningProgressBar
-from lightprune.random_state import RandomState
-from lightprune.report import RunReport
 
 LAYERS, DROP, CUT, STEPS = 4, 2, 2, 4
 SHIPPED = Path(__file__).parents[1] / "configs" / "methods"

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightprune as lp
 from lightprune.anatomy import Shape, anatomy_of
-from lightprune.cycle import smaller
-from lightprune.masking import masked
+from lightprune.masks.unit_masks import masked
 from lightprune.pipeline import Pipeline
+from lightprune.pipeline.schedule import smaller
 from tests.families import left_padded, tiny_lm
 from tests.training import Plain, Spy, batches, fit, trainer_for
 

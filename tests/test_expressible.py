@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.errors import ConfigError
-from lightprune.expressible import check_config, check_expressible, stock_form
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
+from lightprune.surgery.stock_class import check_config, check_expressible, stock_form
 from tests.families import FAMILIES, combinations_of, random_plan, tiny_lm
 
 

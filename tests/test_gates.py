@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightprune.anatomy import anatomy_of
-from lightprune.gates import Bypass, Placement, ReplacedForward, attach_gate, gated
+from lightprune.masks.gates import Bypass, Placement, ReplacedForward, attach_gate, gated
 from tests.families import FAMILIES, left_padded, tiny_lm
 from tests.training import assert_equal, gradients
 

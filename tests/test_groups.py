@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightprune.anatomy import Unit, anatomy_of
-from lightprune.groups import Norm, coupled, unit_norms
+from lightprune.importance.groups import Norm, coupled, unit_norms
 from lightprune.plan import PruningPlan
 from lightprune.surgery import resulting_parameters
 from tests.families import FAMILIES, tiny_lm
@@ -181,6 +181,6 @@ def test_half_precision_weights_are_summed_in_float32() -> None:
 def test_large_weights_are_taken_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     anatomy = anatomy_of(tiny_lm("llama_tied"))
     whole = {unit: unit_norms(anatomy, unit, None if unit == "hidden" else 0, "l2") for unit in ("hidden", "kv_groups")}
-    monkeypatch.setattr("lightprune.groups._SLICE", 100)
+    monkeypatch.setattr("lightprune.importance.groups._SLICE", 100)
     for unit, norms in whole.items():
         torch.testing.assert_close(unit_norms(anatomy, unit, None if unit == "hidden" else 0, "l2"), norms)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightprune.hard_concrete import (
+from lightprune.masks.hard_concrete import (
     INITIAL,
     LIMIT,
     deterministic,

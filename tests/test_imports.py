@@ -62,7 +62,11 @@ def test_first_answers_need_no_torch(tmp_path: Path, status: int, arguments: lis
 @pytest.mark.parametrize(
     ("status", "arguments", "unused"),
     [
-        (0, ["fit", "--help"], {"lightprune.anatomy", "lightprune.report", "transformers.modeling_utils"}),
+        (
+            0,
+            ["fit", "--help"],
+            {"lightprune.anatomy", "lightprune.callbacks.run_report", "transformers.modeling_utils"},
+        ),
         (2, ["fit", "--trainer.max_stepz=1"], {"lightprune.anatomy", "transformers.modeling_utils"}),
         (
             2,

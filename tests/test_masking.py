@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightprune.anatomy import anatomy_of
-from lightprune.masking import UnitMasks, masked
+from lightprune.masks.unit_masks import UnitMasks, masked
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
 from tests.families import FAMILIES, NUM_LAYERS, combinations_of, left_padded, random_plan, tiny_lm, tokens

@@ -20,7 +20,7 @@ from lightprune import (
     RandomSelector,
     StructuredCut,
 )
-from lightprune.host import find_causal_lm
+from lightprune.integrations.lightning import find_causal_lm
 from tests.families import tiny_lm
 from tests.training import Batch, Plain, batches, fit
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightprune.anatomy import anatomy_of
-from lightprune.gates import attach_gate
-from lightprune.observe import TokenMask, call_inputs, on_output
+from lightprune.masks.forward_passes import TokenMask, call_inputs, on_output
+from lightprune.masks.gates import attach_gate
 from tests.families import left_padded, tiny_lm
 
 

@@ -16,7 +16,7 @@ from lightprune import (
     Recovery,
     StructuredCut,
 )
-from lightprune.host import find_causal_lm, run_validation
+from lightprune.integrations.lightning import find_causal_lm, run_validation
 from lightprune.pipeline import Pipeline
 from tests.families import tiny_lm
 from tests.training import Plain, Spy, assert_equal, batches, fit, weights

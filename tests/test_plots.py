@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lightprune.plots import mask_figure
+from lightprune.masks.figure import mask_figure
 
 
 def test_mask_figure_draws_sparsity_and_target_of_every_structure(tmp_path: Path) -> None:

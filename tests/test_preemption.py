@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
 import lightprune as lp
-from lightprune.preemption import PreemptionCheckpoint, outlive_preemption
+from lightprune.callbacks.preemption import PreemptionCheckpoint
+from lightprune.integrations.workers import outlive_preemption
 from tests.families import tiny_lm
 from tests.ports import free_ports
 from tests.resume_run import CUT, STEPS, Shuffled, callbacks_of, checkpoint_of
@@ -178,7 +179,8 @@ for name in ("SIGUSR1", "sigwaitinfo", "pthread_sigmask"):
     delattr(signal, name)
 del os.EX_TEMPFAIL
 
-from lightprune.preemption import PreemptionCheckpoint, outlive_preemption
+from lightprune.callbacks.preemption import PreemptionCheckpoint
+from lightprune.integrations.workers import outlive_preemption
 from tests.training import Plain, Spy, batches, trainer_for
 
 assert PreemptionCheckpoint.SIGNALS == (signal.SIGTERM,)

@@ -14,8 +14,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightprune import RandomSelector, RunReport, StructuredCut, progress
-from lightprune.progress import PruningProgressBar
+from lightprune import RandomSelector, RunReport, StructuredCut
+from lightprune.callbacks import progress
+from lightprune.callbacks.progress import PruningProgressBar
 
 
 class TinyLM(pl.LightningModule):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from lightprune.callbacks.random_state import RandomState
 from lightprune.errors import ConfigError
-from lightprune.random_state import RandomState, seed_generators
+from lightprune.integrations.seeding import seed_generators
 from tests.training import Plain, Spy, batches, fit
 
 

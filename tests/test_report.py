@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightprune import GreedyPerplexitySelector, PruningPlan, RandomSelector, StructuredCut
-from lightprune.report import RunReport, write_summary
+from lightprune.callbacks.run_report import RunReport, write_summary
 
 BATCHES, BATCH, LENGTH, PADDING = 6, 2, 8, 3
 

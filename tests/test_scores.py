@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from lightprune.anatomy import Shape
-from lightprune.scores import activation_scores, add_moments, highest, highest_heads, of_groups, rounded, spread
+from lightprune.importance.ranking import (
+    activation_scores,
+    add_moments,
+    highest,
+    highest_heads,
+    of_groups,
+    rounded,
+    spread,
+)
 
 
 def summed(batches: list[Tensor], weights: list[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import lightprune as lp
 from lightprune.errors import ConfigError
 from lightprune.pipeline import Part
-from lightprune.steps import share_in_steps
+from lightprune.pipeline.steps import share_in_steps
 from tests.training import Plain, batches, fit
 
 

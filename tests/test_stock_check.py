@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lightprune.anatomy import anatomy_of
 from lightprune.errors import ConfigError
+from lightprune.export.stock_check import check_stock
 from lightprune.plan import PruningPlan
-from lightprune.stock_check import check_stock
 from lightprune.surgery import cut_model
 from tests.families import FAMILIES, tiny_lm
 

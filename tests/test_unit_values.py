@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightprune.anatomy import Anatomy, anatomy_of
-from lightprune.norms import norm_over
+from lightprune.importance.norms import norm_over
+from lightprune.masks.soft_masks import UnitValues, Values, scaled
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
-from lightprune.unit_values import UnitValues, Values, scaled
 from tests.families import FAMILIES, Structures, combinations_of, left_padded, random_plan, tiny_lm, tokens
 from tests.logits import assert_same, cached_logits, logits_of
 from tests.test_masking import hooks, loss_of

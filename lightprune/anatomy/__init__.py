@@ -4,17 +4,17 @@ from transformers import PreTrainedModel
 
 from lightprune.anatomy.axes import STRUCTURES, UNITS, Shape, Structure, Unit
 from lightprune.anatomy.base import Anatomy, Family, Weight
-from lightprune.anatomy.gemma import GEMMA2, GEMMA3
-from lightprune.anatomy.gpt2 import GPT2
-from lightprune.anatomy.gpt_neox import GPT_NEOX
-from lightprune.anatomy.llama import LLAMA
-from lightprune.anatomy.mixture import MIXTRAL, QWEN3_MOE
-from lightprune.anatomy.olmo2 import OLMO2
-from lightprune.anatomy.opt import OPT
-from lightprune.anatomy.phi import PHI
-from lightprune.anatomy.phi3 import PHI3
+from lightprune.anatomy.families.gemma import GEMMA2, GEMMA3
+from lightprune.anatomy.families.gpt2 import GPT2
+from lightprune.anatomy.families.gpt_neox import GPT_NEOX
+from lightprune.anatomy.families.llama import LLAMA
+from lightprune.anatomy.families.mixture import MIXTRAL, QWEN3_MOE
+from lightprune.anatomy.families.olmo2 import OLMO2
+from lightprune.anatomy.families.opt import OPT
+from lightprune.anatomy.families.phi import PHI
+from lightprune.anatomy.families.phi3 import PHI3
 from lightprune.errors import ConfigError
-from lightprune.host import check_causal_lm
+from lightprune.integrations.lightning import check_causal_lm
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy.axes import HIDDEN, Axis, Resize, Shape, Structure
-from lightprune.partitioned import parameter_count, whole_shape
+from lightprune.integrations.zero_params import parameter_count, whole_shape
 
 Axes = tuple[Axis | None, ...]
 # What a predicate finds wrong with a shape, in words, or None.

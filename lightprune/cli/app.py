@@ -40,7 +40,20 @@ DEFAULT_CALLBACKS = {
 }
 
 # Public names that are no callbacks.
-_OTHERS = {"Anatomy", "CausalLM", "ConfigError", "Family", "Pipeline", "PruningPlan", "anatomy_of", "export_hf"}
+_OTHERS = {
+    *(
+        "Anatomy",
+        "CausalLM",
+        "ConfigError",
+        "ExportError",
+        "Family",
+        "Pipeline",
+        "PruningPlan",
+        "anatomy_of",
+        "export_hf",
+    ),
+    *("LayerSelector", "Part", "PruningCallback", "Regularizer", "Selector", "UnitSelector"),  # to derive from
+}
 
 # Said in each command's help, as the parser itself names only classes that are imported already.
 ABOUT = (
@@ -99,7 +112,7 @@ class LightpruneCLI(LightningCLI):
         """Lightning reads the hyperparameters in a checkpoint before there is a trainer, and a missing one after it."""
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and path not in ("last", "best", "hpc") and not str(path).startswith("registry"):
-            from lightprune.run_checks import check_checkpoint
+            from lightprune.pipeline.run_checks import check_checkpoint
 
             check_checkpoint(path)
         super()._parse_ckpt_path()
@@ -124,8 +137,8 @@ class LightpruneCLI(LightningCLI):
 
     def _precision(self, config: Mapping[str, Any], callbacks: Sequence[Callback]) -> dict[str, str | None]:
         """What the trainer gets for `precision`; reports get the reason."""
+        from lightprune.callbacks.run_report import RunReport
         from lightprune.cli.precision import choose_precision
-        from lightprune.report import RunReport
 
         choice = choose_precision(config, callbacks, self._get(self.config, "ckpt_path"))
         for callback in callbacks:
@@ -136,10 +149,10 @@ class LightpruneCLI(LightningCLI):
 
 def default_callbacks(given: Sequence[Callback], *, progress_bar: bool) -> list[Callback]:
     """The callbacks that every run has, less those that `given` already provides."""
+    from lightprune.callbacks.progress import PruningProgressBar
+    from lightprune.callbacks.random_state import RandomState
+    from lightprune.callbacks.run_report import RunReport
     from lightprune.data import DomainCounts
-    from lightprune.progress import PruningProgressBar
-    from lightprune.random_state import RandomState
-    from lightprune.report import RunReport
 
     defaults: list[Callback] = []
     if progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):

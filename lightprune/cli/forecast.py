@@ -1,19 +1,17 @@
 """What a run would cut, for a terminal: shapes, changed fields of the model's config, timeline of steps."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
-from lightprune.cut import StructuredCut
-from lightprune.cycle import expected_shapes
-from lightprune.host import callbacks_of
-from lightprune.pipeline import Part, Pipeline
+from lightprune.integrations.lightning import callbacks_of
+from lightprune.pipeline import DecidingPart, Pipeline
+from lightprune.pipeline.schedule import expected_shapes
 from lightprune.plan import PruningPlan
-from lightprune.regularizers.base import Regularizer
 from lightprune.reweighting import DomainReweighting
-from lightprune.selectors.base import Selector
 from lightprune.surgery import resulting_parameters
 
 
@@ -37,7 +35,7 @@ def forecast(pipeline: Pipeline) -> Group:
     return Group(table, *map(_decision, pipeline.selectors), _timeline(pipeline))
 
 
-def _decision(selector: Selector) -> str:
+def _decision(selector: DecidingPart) -> str:
     """What a selector will take away, as far as that is known before training."""
     plan = selector.foresee() if selector.cycle.index == 0 and "layers" in selector.structures else None
     if plan is None:
@@ -52,7 +50,7 @@ def _timeline(pipeline: Pipeline) -> Table:
     table.add_column("from", justify="right")
     table.add_column("to", justify="right")
     for part in pipeline.parts:
-        table.add_row(type(part).__name__, *_window(part, pipeline))
+        table.add_row(type(part).__name__, *_steps(part.windows()))
     for callback in callbacks_of(pipeline.trainer):
         if isinstance(callback, DomainReweighting):
             stop = "end" if callback.stop is None else str(callback.stop)
@@ -62,17 +60,10 @@ def _timeline(pipeline: Pipeline) -> Table:
     return table
 
 
-def _window(part: Part, pipeline: Pipeline) -> tuple[str, str]:
-    """The optimizer steps at which a part begins and ends, as its settings tell them."""
-    if isinstance(part, Selector):
-        return str(part.start), str(part.stop)
-    if isinstance(part, Regularizer):
-        windows = [part.window(cycle) for cycle in part.cycles()]
-        return ", ".join(str(start) for start, _ in windows), ", ".join(str(stop) for _, stop in windows)
-    if isinstance(part, StructuredCut):
-        return str(part.at), ""
-    assert pipeline.cut is not None
-    return str(pipeline.cut.at), "end"
+def _steps(windows: Sequence[tuple[int, int | None]]) -> tuple[str, str]:
+    """The steps from which and to which a part acts; a part that acts at one step has no end."""
+    stops = ["end" if stop is None else str(stop) for start, stop in windows if stop != start]
+    return ", ".join(str(start) for start, _ in windows), ", ".join(stops)
 
 
 def _brief(value: Any) -> str:

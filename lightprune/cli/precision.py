@@ -23,8 +23,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightprune.callbacks.run_report import recorded_precision
 from lightprune.cli.native import Support, native_support
-from lightprune.report import recorded_precision
 from lightprune.strategies.zero_checkpoint import is_sharded, model_states
 
 _NATIVE, _ELSEWHERE = "bf16-mixed", "32-true"

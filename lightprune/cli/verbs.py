@@ -21,10 +21,10 @@ from lightprune.export import (
     tokenizer_of,
     warn_of_none,
 )
-from lightprune.host import callbacks_of, find_causal_lm
+from lightprune.export.stock_check import check_stock
+from lightprune.integrations.lightning import callbacks_of, find_causal_lm
 from lightprune.pipeline import Part, Pipeline
 from lightprune.plan import PruningPlan
-from lightprune.stock_check import check_stock
 
 
 def print_plan(trainer: pl.Trainer, model: pl.LightningModule) -> None:

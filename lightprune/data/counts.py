@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightprune.data.module import TextDataModule
-from lightprune.host import data_of, log_metrics, logs_now
+from lightprune.integrations.lightning import data_of, log_metrics, logs_now
 
 MANY_EPOCHS = 4
 """So often data may be repeated at almost no loss against new data (Muennighoff et al., 2305.16264)."""

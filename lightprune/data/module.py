@@ -21,7 +21,7 @@ from lightprune.data.stream import TokenStream
 from lightprune.data.tokens import TokenCache, cache_root
 from lightprune.errors import ConfigError, check_number, is_finite, is_whole
 from lightprune.hub import load_tokenizer
-from lightprune.preemption import outlive_preemption
+from lightprune.integrations.workers import outlive_preemption
 
 WORKER_TIMEOUT = 30 * 60
 """Seconds that training waits for a batch before it gives up a worker: as long as ranks wait for one another."""

@@ -10,14 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.errors import ConfigError, ExportError
 from lightprune.export.card import Card
+from lightprune.export.stock_check import check_stock
 from lightprune.export.target import check_target, free_beside
 from lightprune.export.tokenizer import given_tokenizer, tokenizer_of, warn_of_none
 from lightprune.export.write import check_generation_config, export_hf, keep_unverified
-from lightprune.finish import FinishingCallback
-from lightprune.host import data_of, find_causal_lm, shadow_method
 from lightprune.hub import Dtype, torch_dtype
-from lightprune.pipeline import Pipeline
-from lightprune.stock_check import check_stock
+from lightprune.integrations.lightning import data_of, find_causal_lm, shadow_method
+from lightprune.pipeline import FinishingCallback, Pipeline
 from lightprune.strategies import engine_of
 
 

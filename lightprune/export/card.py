@@ -7,8 +7,8 @@ from typing import Any, TypedDict
 from transformers import PreTrainedModel
 
 from lightprune.anatomy import UNITS, Structure
+from lightprune.callbacks.run_report import versions
 from lightprune.plan import PruningPlan
-from lightprune.report import versions
 
 _STRUCTURES: dict[Structure, str] = {
     "layers": "layers",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightprune.expressible import StockForm, check_config, is_tied, stock_form
+from lightprune.surgery.stock_class import StockForm, check_config, is_tied, stock_form
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightprune.errors import ConfigError
-from lightprune.host import data_of
 from lightprune.hub import load_tokenizer
+from lightprune.integrations.lightning import data_of
 
 # Where people keep a tokenizer, or something that has one as its `tokenizer`: a processor, or a wrapper of their own.
 NAMES = ("tokenizer", "processing_class", "processor")

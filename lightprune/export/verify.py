@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightprune.errors import ExportError
 from lightprune.export.convert import Outgoing
-from lightprune.expressible import is_tied
+from lightprune.export.probe import attention_that_runs, in_dtype, logits_apart, main_dtype, not_finite
 from lightprune.hub import loading_problems
-from lightprune.probe import attention_that_runs, in_dtype, logits_apart, main_dtype, not_finite
+from lightprune.surgery.stock_class import is_tied
 
 
 def verify_export(path: Path, lm: PreTrainedModel, out: Outgoing) -> None:

@@ -16,14 +16,14 @@ from lightprune.errors import ConfigError, ExportError
 from lightprune.export.card import Card, model_card
 from lightprune.export.compat import complete_config, complete_tokenizer, requirement
 from lightprune.export.convert import Outgoing, outgoing
+from lightprune.export.probe import in_dtype, main_dtype, plain_outputs
 from lightprune.export.target import check_target, make_draft, put_in_place, reason_file
 from lightprune.export.verify import verify_export
-from lightprune.expressible import is_tied
-from lightprune.host import check_causal_lm
 from lightprune.hub import Dtype, torch_dtype, without_progress_bars
-from lightprune.observe import evaluating
+from lightprune.integrations.lightning import check_causal_lm
+from lightprune.masks.forward_passes import evaluating
 from lightprune.plan import PruningPlan
-from lightprune.probe import in_dtype, main_dtype, plain_outputs
+from lightprune.surgery.stock_class import is_tied
 
 # What is written into a model's config for saving, and taken back.
 _CONFIG_FIELDS = ("dtype", "architectures", "tie_word_embeddings", "use_cache")

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy import Anatomy
-from lightprune.partitioned import changed
-from lightprune.random_state import seed_generators
+from lightprune.integrations.seeding import seed_generators
+from lightprune.integrations.zero_params import changed
 
 # What `peft` calls an adapter that is the only one.
 NAME = "default"

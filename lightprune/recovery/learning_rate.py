@@ -4,13 +4,13 @@ import math
 from typing import Any, Literal, get_args
 
 from lightprune.errors import ConfigError, check_choice, check_number
-from lightprune.pipeline import Part, Stage, Status
-from lightprune.steps import Steps
+from lightprune.pipeline import PruningCallback, Stage, Status
+from lightprune.pipeline.steps import Steps
 
 Decay = Literal["constant", "linear", "cosine"]
 
 
-class Recovery(Part):
+class Recovery(PruningCallback):
     """A learning rate of its own for what is left, counted from the last cut.
 
     It warms up linearly to `lr`, then decays towards the end of the run, and overrides the user's scheduler from the

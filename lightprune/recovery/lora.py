@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from lightprune.anatomy.base import module_at
 from lightprune.errors import ConfigError, check_number
-from lightprune.module_checks import packed_in
-from lightprune.pipeline import Part, Stage
+from lightprune.pipeline import PruningCallback, Stage
+from lightprune.pipeline.module_checks import packed_in
 
 if TYPE_CHECKING:
     from lightprune.recovery.adapters import Adapters, Groups
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ALL = "all-linear"
 
 
-class LoRARecovery(Part):
+class LoRARecovery(PruningCallback):
     """From the last cut on, only low-rank adapters of the language model train; at the end they are merged into it.
 
     An adapted projection gives W x + (alpha / r) B A x: W [out, in] stands still, A [r, in] begins random and

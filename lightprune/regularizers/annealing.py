@@ -6,12 +6,12 @@ from typing import Literal, get_args
 import torch
 
 from lightprune.errors import ConfigError, check_choice
-from lightprune.gates import Bypass, attach_gate
-from lightprune.masking import UnitMasks
+from lightprune.masks.gates import Bypass, attach_gate
+from lightprune.masks.unit_masks import UnitMasks
 from lightprune.pipeline import Status
+from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.base import Order, Regularizer, ramps
-from lightprune.steps import Steps
 
 Shape = Literal["linear", "cosine"]
 

@@ -5,24 +5,23 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, cast
 
 from lightprune.anatomy import STRUCTURES, Structure
-from lightprune.cycle import Cycle
 from lightprune.errors import ConfigError, check_number
-from lightprune.gates import Handle, remove_all
-from lightprune.pipeline import Part, Stage
+from lightprune.masks.gates import Handle, remove_all
+from lightprune.pipeline import Cycle, PruningCallback, Stage
+from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
-from lightprune.steps import Steps
 
 Order = Literal["joint", "first_to_last", "last_to_first"]
 Ramp = Literal["constant", "linear"]
 
 
-class Regularizer(Part):
+class Regularizer(PruningCallback):
     """Empties what the plan removes, between the selection and the cut.
 
     Args:
         start: the optimizer step at which it begins; None as soon as the plan is decided.
         stop: the optimizer step at which its ramp is complete; None is the cut's `at`. It stays complete until the cut.
-            Both may be shares of the run, such as "50%" (`lightprune.steps`).
+            Both may be shares of the run, such as "50%" (`lightprune.pipeline.steps`).
             Without `start` and `stop` a regularizer acts before every cut of the run.
     """
 
@@ -50,6 +49,13 @@ class Regularizer(Part):
     @property
     def begins(self) -> int:
         return self.start or 0
+
+    @property
+    def ends(self) -> int | None:
+        return self.stop
+
+    def windows(self) -> list[tuple[int, int | None]]:
+        return [self.window(cycle) for cycle in self.cycles()]
 
     def check_settings(self) -> None:
         check_number(self, "start", self.start, whole=True, least=0, optional=True)

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lightprune.anatomy import Structure
 from lightprune.errors import ConfigError, check_choice, check_number
-from lightprune.groups import Norm
-from lightprune.observe import TokenMask, on_output
+from lightprune.importance.groups import Norm
+from lightprune.masks.forward_passes import TokenMask, on_output
 from lightprune.pipeline import Status
+from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.base import Order, Ramp, Regularizer, ramps
-from lightprune.steps import Steps
 
 
 def layer_difference(hidden_in: Tensor, hidden_out: Tensor, norm: Norm) -> Tensor:

@@ -5,10 +5,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightprune.errors import check_number
-from lightprune.groups import per_unit
+from lightprune.importance.groups import per_unit
+from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.units import UnitRegularizer
-from lightprune.steps import Steps
 
 
 def shrinkage(norms: Tensor, threshold: float) -> Tensor:
@@ -20,7 +20,7 @@ class ProximalGroupLasso(UnitRegularizer):
     """Shrinks, after each optimizer step, the weights of the units that go by their group soft threshold, in place.
 
     W_g <- W_g * max(0, 1 - tau / rms(W_g)), for every coupled group W_g of a unit that the plan removes
-    (`lightprune.groups`): the proximal operator of tau * sqrt(N_g) * ||W_g||_2 for its N_g weights (Yuan and Lin 2006,
+    (`lightprune.importance.groups`): the proximal operator of tau * sqrt(N_g) * ||W_g||_2 for its N_g weights (Yuan and Lin 2006,
     whose weights sqrt(p_j) these are; Parikh and Boyd 2014, section 6.5.1). Where structures cross, in the weights of a
     channel in a hidden dimension that both go, each structure's step is taken in turn. Unlike a penalty this reaches
     exactly zero, and the optimizer's moments, gradient clipping and logged loss know nothing of it.

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from lightprune.anatomy import UNITS, Anatomy, Structure, Unit
-from lightprune.groups import Coupled, Norm, coupled, norms_of
-from lightprune.host import logs_now
+from lightprune.importance.groups import Coupled, Norm, coupled, norms_of
+from lightprune.integrations.lightning import logs_now
 from lightprune.pipeline import Status
+from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.base import Regularizer
-from lightprune.steps import Steps
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,18 @@ import torch
 from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
-from lightprune.finish import FinishingCallback
-from lightprune.host import data_of, find_causal_lm, has_validation, is_training_pass, log_metrics, run_validation
+from lightprune.integrations.lightning import (
+    data_of,
+    find_causal_lm,
+    has_validation,
+    is_training_pass,
+    log_metrics,
+    run_validation,
+)
+from lightprune.integrations.zero_params import parameter_count
 from lightprune.metrics import DomainLoss
-from lightprune.partitioned import parameter_count
-from lightprune.pipeline import Pipeline
-from lightprune.plots import domain_figure
+from lightprune.pipeline import FinishingCallback, Pipeline
+from lightprune.pipeline.steps import Steps, resolve_steps
 from lightprune.reweighting.checks import (
     check_data,
     check_length,
@@ -27,13 +33,13 @@ from lightprune.reweighting.checks import (
     warn_of_equal_shares,
     warn_of_rare_updates,
 )
+from lightprune.reweighting.figure import domain_figure
 from lightprune.reweighting.history import History
 from lightprune.reweighting.losses import DomainBatch, SampleLosses, TrainingLosses
 from lightprune.reweighting.mixer import Mixer, Rule
 from lightprune.reweighting.references import DynamicReference, FixedReference, Observation, Reference
 from lightprune.reweighting.robust import Array
 from lightprune.reweighting.sparsity import sparsity_of
-from lightprune.steps import Steps, resolve_steps
 
 HISTORY = 512
 """So many updates at most are kept for the plot, spread evenly over the run."""

@@ -2,24 +2,52 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightprune.errors import ConfigError, check_choice, check_number, is_finite
-from lightprune.host import data_of
+from lightprune.integrations.lightning import data_of
 from lightprune.reweighting.mixer import RULES
 from lightprune.reweighting.references import FITS_FROM, POINTS_FROM
 from lightprune.reweighting.robust import Array
 from lightprune.reweighting.scaling_law import MIN_POINTS
 
-if TYPE_CHECKING:
-    from lightprune.reweighting.callback import DomainReweighting
+
+class ReweightingSettings(Protocol):
+    """The settings of `DomainReweighting`, as the checks read them."""
+
+    @property
+    def rule(self) -> str: ...
+
+    @property
+    def losses(self) -> str: ...
+
+    @property
+    def reference(self) -> str | Mapping[str, float]: ...
+
+    @property
+    def radius(self) -> float: ...
+
+    @property
+    def floor(self) -> float: ...
+
+    @property
+    def dynamic_ratio(self) -> bool: ...
+
+    @property
+    def every(self) -> int: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int | None: ...
 
 
-def check_settings(settings: "DomainReweighting") -> None:
+def check_settings(settings: ReweightingSettings) -> None:
     """Refuse values that no run could have.
 
     Raises:
@@ -46,7 +74,7 @@ def check_settings(settings: "DomainReweighting") -> None:
         )
 
 
-def check_data(settings: "DomainReweighting", trainer: L.Trainer) -> None:
+def check_data(settings: ReweightingSettings, trainer: L.Trainer) -> None:
     """Refuse a run whose data module or validation cannot give what the settings need.
 
     Raises:
@@ -65,7 +93,7 @@ def check_data(settings: "DomainReweighting", trainer: L.Trainer) -> None:
     check_validation(settings, trainer.enable_validation)
 
 
-def check_validation(settings: "DomainReweighting", there_is: bool) -> None:
+def check_validation(settings: ReweightingSettings, there_is: bool) -> None:
     """Refuse settings that need validation in a run without.
 
     Args:
@@ -115,7 +143,7 @@ def warn_of_equal_shares(ratio: Array) -> None:
         )
 
 
-def warn_of_rare_updates(settings: "DomainReweighting", trainer: L.Trainer, end: float) -> None:
+def warn_of_rare_updates(settings: ReweightingSettings, trainer: L.Trainer, end: float) -> None:
     """Say that the first update lies beyond the end, `end`, of the run or the callback's window."""
     last = end - 1 if end == settings.stop else end  # the step of `stop` is not its own any more
     if settings.losses == "training" and last - settings.start < settings.every:
@@ -131,7 +159,7 @@ def warn_of_rare_updates(settings: "DomainReweighting", trainer: L.Trainer, end:
         )
 
 
-def check_length(settings: "DomainReweighting", end: float) -> None:
+def check_length(settings: ReweightingSettings, end: float) -> None:
     """Refuse a run whose end is not known where shares of its steps count, or that is too short for a fit.
 
     Args:

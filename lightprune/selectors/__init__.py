@@ -1,16 +1,17 @@
 """Selectors: which layers, heads, channels and hidden dimensions stay. One interface, however they are scored."""
 
-from lightprune.selectors.activation import ActivationUnitSelector
-from lightprune.selectors.base import Selector
-from lightprune.selectors.block_influence import BlockInfluenceSelector
+from lightprune.selectors.base import LayerSelector, Selector
+from lightprune.selectors.depth.block_influence import BlockInfluenceSelector
+from lightprune.selectors.depth.greedy_perplexity import GreedyPerplexitySelector
+from lightprune.selectors.depth.layer_gates import LayerGateSelector
+from lightprune.selectors.depth.random import RandomSelector
 from lightprune.selectors.from_file import PlanFromFile
-from lightprune.selectors.greedy_perplexity import GreedyPerplexitySelector
-from lightprune.selectors.hard_concrete import HardConcreteSelector
-from lightprune.selectors.layer_gates import LayerGateSelector
-from lightprune.selectors.magnitude import MagnitudeUnitSelector
-from lightprune.selectors.random import RandomSelector
-from lightprune.selectors.random_units import RandomUnitSelector
-from lightprune.selectors.taylor import TaylorUnitSelector
+from lightprune.selectors.hard_concrete.selector import HardConcreteSelector
+from lightprune.selectors.width.activation import ActivationUnitSelector
+from lightprune.selectors.width.magnitude import MagnitudeUnitSelector
+from lightprune.selectors.width.random_units import RandomUnitSelector
+from lightprune.selectors.width.taylor import TaylorUnitSelector
+from lightprune.selectors.width.units import UnitSelector
 
 __all__ = [
     "ActivationUnitSelector",
@@ -18,10 +19,12 @@ __all__ = [
     "GreedyPerplexitySelector",
     "HardConcreteSelector",
     "LayerGateSelector",
+    "LayerSelector",
     "MagnitudeUnitSelector",
     "PlanFromFile",
     "RandomSelector",
     "RandomUnitSelector",
     "Selector",
     "TaylorUnitSelector",
+    "UnitSelector",
 ]

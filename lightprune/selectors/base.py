@@ -10,19 +10,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightprune.anatomy import Shape, Structure
-from lightprune.cycle import expected_shapes
 from lightprune.errors import ConfigError, check_number
-from lightprune.gates import Handle, remove_all
-from lightprune.pipeline import Part, Stage, Status
+from lightprune.masks.gates import Handle, remove_all
+from lightprune.pipeline import DecidingPart, PruningCallback, Status
+from lightprune.pipeline.schedule import expected_shapes
+from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
-from lightprune.steps import Steps
 
 
-class Selector(Part):
+class Selector(PruningCallback, DecidingPart):
     """Decides what of some structures stays, from the training batches of a window of optimizer steps.
 
     Args:
-        start: the optimizer step at which the window opens, or a share of the run such as "10%" (`lightprune.steps`).
+        start: the optimizer step at which the window opens, or a share of the run such as "10%".
         stop: the optimizer step at which it closes and the plan is made, or a share likewise.
         hold_weights: let the module's weights stand still in the window, so that what is scored is one model; the
             window's batches are calibration, and count in the budget all the same.
@@ -33,16 +33,12 @@ class Selector(Part):
         opened: whether it has been, in this fit, in one before, or in the run of a checkpoint.
     """
 
-    stage = Stage.SELECT
     step_settings: ClassVar[tuple[str, ...]] = ("start", "stop")
-    start: int
-    stop: int
-    needs_batches: ClassVar[bool] = True
 
     def __init__(self, start: Steps, stop: Steps, hold_weights: bool) -> None:
         vars(self).update(start=start, stop=stop)  # shares until `resolve_steps`
         self.hold_weights = hold_weights
-        self.plan: PruningPlan | None = None
+        self.plan = None
         self.opened = False
         self.open = False
         self._handles: list[Handle] = []
@@ -51,19 +47,6 @@ class Selector(Part):
     def begins(self) -> int:
         return self.start
 
-    @property
-    @abstractmethod
-    def structures(self) -> frozenset[Structure]:
-        """What this selector decides about."""
-
-    @abstractmethod
-    def target(self, source: Shape) -> Shape:
-        """The counts that a model of shape `source` has once this selector's plan is executed.
-
-        Raises:
-            ConfigError: the selector's settings do not fit such a model.
-        """
-
     def watch(self) -> None:
         """Attach to the model: the window opens (again, after a resume). Those without a window never do."""
 
@@ -71,20 +54,11 @@ class Selector(Part):
     def choose(self) -> PruningPlan:
         """The plan, with what was seen as its provenance; it need not be one that can be executed alone."""
 
-    @property
-    def protected(self) -> tuple[int, int]:
-        """How many of the first and of the last layers cannot go, whatever is decided."""
-        return 0, 0
-
     def expected_source(self) -> Shape | None:
         """The model's shape when this decides; None once a cut is made, for what was to be said of it has been said."""
         if any(cycle.done for cycle in self.pipeline.cycles):
             return None
         return expected_shapes(self.pipeline.cycles, self.pipeline.anatomy)[self.cycle.index]
-
-    def foresee(self) -> PruningPlan | None:
-        """The plan, if it can be known without training; asked only of those that decide about layers."""
-        return self.plan
 
     def check_settings(self) -> None:
         check_number(self, "start", self.start, whole=True, least=0)
@@ -115,6 +89,10 @@ class Selector(Part):
         if step >= self.stop or self.settled():
             self._decide()
 
+    @property
+    def holding(self) -> bool:
+        return self.open and self.hold_weights
+
     def settled(self) -> bool:
         """Whether nothing more is to be learned before `stop`."""
         return False
@@ -138,7 +116,7 @@ class Selector(Part):
     def _decide(self) -> None:
         plan = self.choose()
         self.detach()
-        if not any(other.open and other.hold_weights for other in self.pipeline.selectors):
+        if not any(other.holding for other in self.pipeline.selectors):
             self.pipeline.weights.release()
         made_by = {"selector": type(self).__name__, "step": self.pipeline.step}
         decided = replace(plan, provenance={**made_by, **plan.provenance})

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lightprune.anatomy import Shape, Unit
-from lightprune.anatomy.predicates import even_groups
+from lightprune.anatomy.shape_rules import even_groups
 from lightprune.errors import ConfigError, check_number, is_whole
 
 Keep = int | float | None

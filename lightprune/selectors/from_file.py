@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from lightprune.anatomy import Shape, Structure
 from lightprune.errors import ConfigError
+from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.selectors.base import Selector
-from lightprune.steps import Steps
 
 
 class PlanFromFile(Selector):

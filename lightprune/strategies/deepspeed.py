@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
-from lightprune.host import shadow_method
-from lightprune.partitioned import changed, is_partitioned, twin, whole, whole_shape
+from lightprune.integrations.lightning import shadow_method
+from lightprune.integrations.zero_params import changed, is_partitioned, twin, whole, whole_shape
 from lightprune.strategies import zero
 from lightprune.strategies.base import (
     Checkpoint,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightprune.partitioned import whole_shape
+from lightprune.integrations.zero_params import whole_shape
 from lightprune.surgery import Rows, sliced
 
 # The weights in full precision, beside the names of the optimizer's state.

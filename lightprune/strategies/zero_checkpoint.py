@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightprune.errors import ConfigError
-from lightprune.host import shadow_method
+from lightprune.integrations.lightning import shadow_method
 
 _MODEL_STATES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 

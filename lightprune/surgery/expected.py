@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightprune.anatomy import Anatomy, Structure
 from lightprune.anatomy.axes import Axis
-from lightprune.partitioned import whole_shape
+from lightprune.integrations.zero_params import whole_shape
 
 
 def expected_parameters(anatomy: Anatomy, is_open: Mapping[Structure, Tensor]) -> float:

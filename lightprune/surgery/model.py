@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lightprune.anatomy import Anatomy, Shape
 from lightprune.anatomy.axes import Axis, length, rows_of
 from lightprune.anatomy.base import STATED_COUNTS, Axes, Site
-from lightprune.partitioned import partition_like, whole
+from lightprune.integrations.zero_params import partition_like, whole
 from lightprune.plan import PruningPlan, apply_to_config
 
 # What of a parameter stays: for each dimension the indices, or None for all of it.

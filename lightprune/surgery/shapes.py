@@ -6,7 +6,7 @@ import torch
 
 from lightprune.anatomy import Anatomy
 from lightprune.anatomy.axes import length
-from lightprune.partitioned import whole_shape
+from lightprune.integrations.zero_params import whole_shape
 from lightprune.plan import PruningPlan
 
 

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from lightprune.anatomy import Shape, anatomy_of
-from lightprune.anatomy.predicates import even_groups, nearest
+from lightprune.anatomy.shape_rules import even_groups, nearest
 from lightprune.errors import ConfigError
 from lightprune.plan import PruningPlan
 from tests.families import NUM_LAYERS, left_padded, tiny_lm

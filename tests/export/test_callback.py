@@ -13,12 +13,12 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from lightprune.callbacks.run_report import RunReport
 from lightprune.cli import PruningTrainer
 from lightprune.cut import StructuredCut
 from lightprune.errors import ConfigError, ExportError
 from lightprune.export import ExportHF, tokenizer_of
 from lightprune.plan import PruningPlan
-from lightprune.report import RunReport
 from lightprune.selectors import RandomSelector
 from tests.export.models import files_in, word_tokenizer
 from tests.families import tiny_lm

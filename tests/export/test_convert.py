@@ -26,10 +26,10 @@ from transformers import (
 from lightprune.anatomy import anatomy_of
 from lightprune.errors import ConfigError
 from lightprune.export import export_hf
-from lightprune.expressible import check_expressible
-from lightprune.masking import masked
+from lightprune.masks.unit_masks import masked
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
+from lightprune.surgery.stock_class import check_expressible
 from tests.export.stranger import seen_by_a_stranger
 from tests.families import left_padded, tiny_lm
 from tests.logits import assert_same, logits_of

@@ -7,9 +7,9 @@ import pytest
 
 from lightprune.anatomy import anatomy_of
 from lightprune.export import export_hf
-from lightprune.expressible import check_expressible
-from lightprune.masking import masked
+from lightprune.masks.unit_masks import masked
 from lightprune.surgery import cut_model
+from lightprune.surgery.stock_class import check_expressible
 from tests.export.stranger import seen_by_a_stranger
 from tests.families import FAMILIES, STRUCTURES, Structures, combinations_of, left_padded, random_plan, tiny_lm
 from tests.logits import logits_of

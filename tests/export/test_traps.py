@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lightprune.anatomy import anatomy_of
 from lightprune.export import export_hf
-from lightprune.masking import masked
+from lightprune.masks.unit_masks import masked
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
 from tests.families import left_padded, tiny_lm

@@ -17,8 +17,8 @@ from lightprune.anatomy import anatomy_of
 from lightprune.errors import ExportError
 from lightprune.export import export_hf
 from lightprune.export.convert import Outgoing
+from lightprune.export.probe import OTHER_STEPS, cached_logits, probe, probe_logits, tolerance
 from lightprune.plan import PruningPlan
-from lightprune.probe import OTHER_STEPS, cached_logits, probe, probe_logits, tolerance
 from lightprune.surgery import cut_model
 from tests.export.models import files_in
 from tests.families import tiny_lm

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightprune.anatomy import anatomy_of
 from lightprune.errors import ConfigError
 from lightprune.export import check_target, export_hf
-from lightprune.expressible import check_expressible
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
+from lightprune.surgery.stock_class import check_expressible
 from tests.export.models import files_in, without_middle_layers, word_tokenizer
 from tests.families import tiny_lm
 

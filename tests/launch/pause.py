@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lightprune.host import callbacks_of
-from lightprune.preemption import PreemptionCheckpoint
+from lightprune.callbacks.preemption import PreemptionCheckpoint
+from lightprune.integrations.lightning import callbacks_of
 
 
 class Pause(Callback):

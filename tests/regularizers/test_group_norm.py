@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lightprune import GroupNormPenalty, PruningPlan, StructuredCut
 from lightprune.anatomy import anatomy_of
-from lightprune.groups import Norm
+from lightprune.importance.groups import Norm
 from tests.families import tiny_lm
 from tests.regularizers.by_hand import REMOVED, from_file, mean_of, plan_for
 from tests.training import Batch, Plain, Spy, assert_close, batches, fit, gradients

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from lightprune.data import Source, TextDataModule
-from lightprune.host import callbacks_of
+from lightprune.integrations.lightning import callbacks_of
 from lightprune.module import CausalLM
 from lightprune.reweighting import DomainReweighting
 from tests.data.conftest import byte_tokenizer

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightprune.plots import domain_figure
+from lightprune.reweighting.figure import domain_figure
 
 
 def history(domains: int) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 
 import lightprune as lp
-from lightprune.partitioned import parameter_count
+from lightprune.integrations.zero_params import parameter_count
 from lightprune.pipeline import Part, Stage
 from lightprune.reweighting.sparsity import sparsity_of
 from tests.reweighting.runs import Stranger, fit, write_texts

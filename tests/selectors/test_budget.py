@@ -6,10 +6,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from lightprune.anatomy import Anatomy, Shape, Structure, anatomy_of
-from lightprune.expressible import check_expressible
 from lightprune.plan import PruningPlan
-from lightprune.selectors.budget import _shrunk, shape_within, smallest
+from lightprune.selectors.hard_concrete.budget import _shrunk, shape_within, smallest
 from lightprune.surgery import resulting_parameters
+from lightprune.surgery.stock_class import check_expressible
 from tests.families import FAMILIES, tiny_lm
 
 

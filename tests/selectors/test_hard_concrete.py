@@ -11,9 +11,9 @@ from torch import Tensor
 
 import lightprune as lp
 from lightprune.anatomy import Shape, anatomy_of
-from lightprune.selectors.mask_set import MaskSet
+from lightprune.masks.soft_masks import UnitValues
+from lightprune.selectors.hard_concrete.mask_set import MaskSet
 from lightprune.surgery import resulting_parameters
-from lightprune.unit_values import UnitValues
 from tests.families import left_padded, tiny_lm
 from tests.logits import assert_same, logits_of
 from tests.resume_run import Shuffled

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lightprune import LayerGateSelector, StructuredCut
 from lightprune.anatomy import anatomy_of
-from lightprune.gates import Placement
+from lightprune.masks.gates import Placement
 from tests.families import NUM_LAYERS, tiny_lm
 from tests.training import Batch, Batches, Plain, Spy, assert_equal, batches, fit, trainer_for, weights
 

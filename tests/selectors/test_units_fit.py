@@ -24,8 +24,8 @@ from lightprune import (
     TaylorUnitSelector,
 )
 from lightprune.anatomy import Shape, Unit, anatomy_of
-from lightprune.groups import coupled
-from lightprune.selectors.units import UnitSelector
+from lightprune.importance.groups import coupled
+from lightprune.selectors.width.units import UnitSelector
 from tests.families import NUM_LAYERS, tiny_lm
 from tests.training import Batches, Plain, Spy, assert_equal, batches, fit, trainer_for, weights
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from lightprune import ActivationUnitSelector, ConfigError, MagnitudeUnitSelector, TaylorUnitSelector
 from lightprune.anatomy import Unit, anatomy_of
-from lightprune.groups import unit_norms
-from lightprune.selectors.units import UnitSelector
+from lightprune.importance.groups import unit_norms
+from lightprune.selectors.width.units import UnitSelector
 from tests.families import FAMILIES, NUM_LAYERS, left_padded, tiny_lm
 from tests.training import Batch, Plain, Spy, assert_equal, batches, fit, weights
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lightprune.anatomy import anatomy_of
 from lightprune.errors import ConfigError
-from lightprune.gates import Bypass, attach_gate
+from lightprune.masks.gates import Bypass, attach_gate
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model, resulting_parameters
 from tests.families import FAMILIES, NUM_LAYERS, TIED, combinations_of, left_padded, random_plan, tiny_lm

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lightprune.anatomy import Anatomy, anatomy_of
 from lightprune.errors import ConfigError
-from lightprune.masking import masked
+from lightprune.masks.unit_masks import masked
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model, resulting_shapes
 from tests.families import FAMILIES, combinations_of, holds, left_padded, random_plan, tiny_lm, tokens

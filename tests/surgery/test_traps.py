@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightprune.anatomy import anatomy_of
-from lightprune.masking import masked
+from lightprune.masks.unit_masks import masked
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
 from tests.families import NUM_LAYERS, Structures, left_padded, random_plan, tiny_lm

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy import anatomy_of
-from lightprune.masking import masked
+from lightprune.masks.unit_masks import masked
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model, resulting_parameters, resulting_shapes
 from tests.families import FAMILIES, TIED, Structures, combinations_of, left_padded, random_plan, tiny_lm, tokens

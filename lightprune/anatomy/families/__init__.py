@@ -1,0 +1,1 @@
+"""The declarations of the supported families, one small file each."""

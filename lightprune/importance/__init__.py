@@ -1,0 +1,1 @@
+"""Scores of units and of coupled groups of weights: pure functions."""

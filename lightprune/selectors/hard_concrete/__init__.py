@@ -1,0 +1,1 @@
+"""Hard-concrete masks over all structures (Sheared LLaMA, DRPruning)."""

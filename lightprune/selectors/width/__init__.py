@@ -1,0 +1,1 @@
+"""Selectors of heads, key-value groups, channels and hidden dimensions."""
