@@ -5,7 +5,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` brings, for type checkers and editors
-    from lightprune.anatomy import Anatomy, Family, anatomy_of
+    from lightprune.anatomy import Anatomy, Family, anatomy_of, register_family
     from lightprune.callbacks.preemption import PreemptionCheckpoint
     from lightprune.callbacks.progress import PruningProgressBar
     from lightprune.callbacks.random_state import RandomState
@@ -82,13 +82,14 @@ __all__ = [
     "UnitSelector",
     "anatomy_of",
     "export_hf",
+    "register_family",
 ]
 
 # Where each public name is defined. To import one imports torch, Lightning and transformers, so that waits for its use.
 _HOMES = {
     name: f"lightprune.{module}"
     for module, names in {
-        "anatomy": "Anatomy Family anatomy_of",
+        "anatomy": "Anatomy Family anatomy_of register_family",
         "callbacks.preemption": "PreemptionCheckpoint",
         "callbacks.progress": "PruningProgressBar",
         "callbacks.random_state": "RandomState",

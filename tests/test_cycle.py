@@ -12,7 +12,7 @@ import lightprune as lp
 from lightprune.anatomy import Shape, anatomy_of
 from lightprune.masks.unit_masks import masked
 from lightprune.pipeline import Pipeline
-from lightprune.pipeline.schedule import smaller
+from lightprune.pipeline.part import smaller
 from tests.families import left_padded, tiny_lm
 from tests.training import Plain, Spy, batches, fit, trainer_for
 

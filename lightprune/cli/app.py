@@ -40,20 +40,26 @@ DEFAULT_CALLBACKS = {
 }
 
 # Public names that are no callbacks.
-_OTHERS = {
-    *(
+_OTHERS = set(
+    [
         "Anatomy",
         "CausalLM",
         "ConfigError",
         "ExportError",
         "Family",
+        "LayerSelector",
+        "Part",
         "Pipeline",
+        "PruningCallback",
         "PruningPlan",
+        "Regularizer",
+        "Selector",
+        "UnitSelector",
         "anatomy_of",
         "export_hf",
-    ),
-    *("LayerSelector", "Part", "PruningCallback", "Regularizer", "Selector", "UnitSelector"),  # to derive from
-}
+        "register_family",
+    ]
+)
 
 # Said in each command's help, as the parser itself names only classes that are imported already.
 ABOUT = (

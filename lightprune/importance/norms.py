@@ -1,7 +1,7 @@
 """Norms over some of their dimensions, by the family's own norm on a prepared input: no row is gathered.
 
-For masks that are drawn anew at every step, where gathering would cost too much. `lightprune.masks.unit_masks` gathers: its
-masks stand still, and it takes the very steps that the cut model takes.
+For masks that are drawn anew at every step, where gathering would cost too much. `lightprune.masks.unit_masks`
+gathers: its masks stand still, and it takes the very steps that the cut model takes.
 """
 
 from typing import cast

@@ -27,7 +27,8 @@ class UnitMasks:
     key-value group goes with its query heads. A hidden dimension is scaled wherever something is written to it, and
     every norm over hidden dimensions gives alpha times what it gives now, plus (1 - alpha) times what it gives on the
     kept dimensions alone, with zeros elsewhere: at 0 the model's logits are those of the cut model, exactly. Layers
-    that the plan removes are left to gates (`lightprune.masks.gates`): nothing is done about their own heads and channels.
+    that the plan removes are left to gates (`lightprune.masks.gates`): nothing is done about their own heads and
+    channels.
 
     Args:
         anatomy: of the uncut model.

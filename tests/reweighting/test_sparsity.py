@@ -5,13 +5,13 @@ import pytest
 
 import lightprune as lp
 from lightprune.integrations.zero_params import parameter_count
-from lightprune.pipeline import Part, Stage
+from lightprune.pipeline import PruningCallback, Stage
 from lightprune.reweighting.sparsity import sparsity_of
 from tests.reweighting.runs import Stranger, fit, write_texts
 from tests.training import Spy
 
 
-class Masks(Part):
+class Masks(PruningCallback):
     """A part that says what its masks remove: ever more up to its target, and nothing once that is cut."""
 
     stage = Stage.REGULARIZE

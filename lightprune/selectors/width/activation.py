@@ -27,7 +27,8 @@ class ActivationUnitSelector(CalibratedUnitSelector):
 
     Activations are an MLP channel's at the input of the down projection, a head's D outputs at the input of the
     attention's output projection, and a hidden dimension's at the output of every norm, where it is scored at each, and
-    the mean is taken. The formulas are those of `lightprune.importance.ranking.activation_scores`. Padding tokens weigh nothing.
+    the mean is taken. The formulas are those of `lightprune.importance.ranking.activation_scores`. Padding tokens
+    weigh nothing.
 
     Args:
         heads: query heads a layer that stay, a count or a ratio; None keeps all of each group that stays.
