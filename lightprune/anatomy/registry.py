@@ -30,8 +30,8 @@ def register_family(family: Family, *, replace: bool = False) -> Family:
     for model_type in family.model_types:
         if model_type in _FAMILIES and not replace:
             raise ConfigError(
-                f"A family for the model type {model_type!r} is registered already: pass `replace=True` to put this one "
-                "in its place."
+                f"A family for the model type {model_type!r} is registered already: pass `replace=True` to put this "
+                "one in its place."
             )
     _FAMILIES.update(dict.fromkeys(family.model_types, family))
     return family

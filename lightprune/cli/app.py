@@ -40,26 +40,24 @@ DEFAULT_CALLBACKS = {
 }
 
 # Public names that are no callbacks.
-_OTHERS = set(
-    [
-        "Anatomy",
-        "CausalLM",
-        "ConfigError",
-        "ExportError",
-        "Family",
-        "LayerSelector",
-        "Part",
-        "Pipeline",
-        "PruningCallback",
-        "PruningPlan",
-        "Regularizer",
-        "Selector",
-        "UnitSelector",
-        "anatomy_of",
-        "export_hf",
-        "register_family",
-    ]
-)
+_OTHERS = {
+    "Anatomy",
+    "CausalLM",
+    "ConfigError",
+    "ExportError",
+    "Family",
+    "LayerSelector",
+    "Part",
+    "Pipeline",
+    "PruningCallback",
+    "PruningPlan",
+    "Regularizer",
+    "Selector",
+    "UnitSelector",
+    "anatomy_of",
+    "export_hf",
+    "register_family",
+}
 
 # Said in each command's help, as the parser itself names only classes that are imported already.
 ABOUT = (

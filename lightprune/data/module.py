@@ -98,6 +98,36 @@ class TextDataModule(LightningDataModule):
         # Nodes share the cache; by Lightning's default all of them would make it at once.
         self.prepare_data_per_node = False
         domains = sources_of(domains)
+        if is_whole(validation):
+            validation = int(validation)  # NumPy's, too, is a number of blocks and no share
+        self._check_settings(domains, block_size, batch_size, weights, validation, num_workers, weights_lag, seed, bos)
+        self.domains = domains
+        self.domain_names = list(domains)
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.initial_weights = weights
+        self.validation = validation
+        self.num_workers = num_workers
+        self.weights_lag = weights_lag
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.bos = bos
+        self._tokenizer = tokenizer
+        self._opened: dict[str, Domain] = {}
+        self._sampler: MixtureSampler | None = None
+
+    @staticmethod
+    def _check_settings(
+        domains: Mapping[str, Source],
+        block_size: int,
+        batch_size: int,
+        weights: Mapping[str, float] | None,
+        validation: int | float,
+        num_workers: int,
+        weights_lag: int,
+        seed: int,
+        bos: bool | None,
+    ) -> None:
         check_number("data", "block_size", block_size, whole=True, least=2)  # one token predicts the next
         check_number("data", "batch_size", batch_size, whole=True, least=1)
         check_number("data", "num_workers", num_workers, whole=True, least=0)
@@ -112,8 +142,6 @@ class TextDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.validation is {validation!r}, but must be a share between 0 and 1, or a number of blocks from 1."
             )
-        if is_whole(validation):
-            validation = int(validation)  # NumPy's, too, is a number of blocks and no share
         if bos is not None and not isinstance(bos, bool):
             raise ConfigError(f"data.bos is {bos!r}: it must be true, false, or null for the tokenizer's own rule.")
         streaming = [name for name, source in domains.items() if source.streaming]
@@ -129,20 +157,6 @@ class TextDataModule(LightningDataModule):
             )
         if weights is not None:
             check_weights(weights, list(domains))
-        self.domains = domains
-        self.domain_names = list(domains)
-        self.block_size = block_size
-        self.batch_size = batch_size
-        self.initial_weights = weights
-        self.validation = validation
-        self.num_workers = num_workers
-        self.weights_lag = weights_lag
-        self.seed = seed
-        self.cache_dir = cache_dir
-        self.bos = bos
-        self._tokenizer = tokenizer
-        self._opened: dict[str, Domain] = {}
-        self._sampler: MixtureSampler | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -167,3 +167,13 @@ def _validating(trainer: L.Trainer) -> Iterator[None]:
     trainer.validating = True
     yield
     trainer.training = True
+
+
+def validation_due(trainer: L.Trainer) -> bool:
+    """Whether Lightning validates as soon as the callbacks are done with this batch.
+
+    A run that resumes from a checkpoint saved at this moment passes that validation over (2.6:
+    `_TrainingEpochLoop.advance`).
+    """
+    loop = trainer.fit_loop
+    return bool(loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))

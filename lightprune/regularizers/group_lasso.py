@@ -21,8 +21,8 @@ class ProximalGroupLasso(UnitRegularizer):
 
     W_g <- W_g * max(0, 1 - tau / rms(W_g)), for every coupled group W_g of a unit that the plan removes
     (`lightprune.importance.groups`): the proximal operator of tau * sqrt(N_g) * ||W_g||_2 for its N_g weights (Yuan
-    and Lin 2006, whose weights sqrt(p_j) these are; Parikh and Boyd 2014, section 6.5.1). Where structures cross, in the weights of a
-    channel in a hidden dimension that both go, each structure's step is taken in turn. Unlike a penalty this reaches
+    and Lin 2006, whose weights sqrt(p_j) these are; Parikh and Boyd 2014, section 6.5.1). Where structures cross,
+    in the weights of a channel in a hidden dimension that both go, each structure's step is taken in turn. Unlike a penalty this reaches
     exactly zero, and the optimizer's moments, gradient clipping and logged loss know nothing of it.
 
     With all groups at zero the cut changes nothing, except where a norm counts dimensions that go: hidden dimensions,

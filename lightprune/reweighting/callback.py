@@ -18,6 +18,7 @@ from lightprune.integrations.lightning import (
     is_training_pass,
     log_metrics,
     run_validation,
+    validation_due,
 )
 from lightprune.integrations.zero_params import parameter_count
 from lightprune.metrics import DomainLoss
@@ -208,7 +209,7 @@ class DomainReweighting(FinishingCallback):
             if self._due(before):
                 self._update(trainer)
         if self.losses == "validation":
-            self._validation_due = _validation_due(trainer)
+            self._validation_due = validation_due(trainer)
 
     def _due(self, before: int) -> bool:
         """Whether the optimizer step that has just been done, or one of several, calls for an update."""
@@ -391,16 +392,6 @@ class DomainReweighting(FinishingCallback):
             losses.close()
         if self._ready:
             self._reference.close()
-
-
-def _validation_due(trainer: L.Trainer) -> bool:
-    """Whether Lightning validates as soon as the callbacks are done with this batch.
-
-    A run that resumes from a checkpoint saved at this moment passes that validation over (2.6:
-    `_TrainingEpochLoop.advance`).
-    """
-    loop = trainer.fit_loop
-    return bool(loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def _array(values: torch.Tensor) -> Array:

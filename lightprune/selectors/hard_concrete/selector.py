@@ -40,8 +40,8 @@ class HardConcreteSelector(Selector):
     """Learns a mask for every unit while the weights train, until exactly as many are open as the target shape has.
 
     A mask z in [0, 1] is hard-concrete (`lightprune.masks.hard_concrete`). For each structure with target sparsity t
-    and expected sparsity s, the Lagrangian mean over layers of lambda_1 (s - t) + lambda_2 (s - t)^2 joins the loss. The
-    masks' logits descend and the multipliers ascend, in one Adam; t rises linearly from 0 (Sheared LLaMA, arXiv
+    and expected sparsity s, the Lagrangian mean over layers of lambda_1 (s - t) + lambda_2 (s - t)^2 joins the loss.
+    The masks' logits descend and the multipliers ascend, in one Adam; t rises linearly from 0 (Sheared LLaMA, arXiv
     2310.06694, section 2.1; DRPruning, arXiv 2411.14055).
 
     Every training batch draws masks of its own. In evaluation they are deterministic, with as many open as the target
