@@ -119,7 +119,7 @@ def fit(strategy: str, callbacks: list[Callback], steps: int) -> L.Trainer:
 
 def worst(trainer: L.Trainer, value: float) -> float:
     """The largest of all ranks' values."""
-    return max(lp.strategies.engine_of(trainer).gather(value))
+    return max(lp.strategies.adapter_of(trainer).gather(value))
 
 
 def growth(strategy: str) -> float:

@@ -70,7 +70,7 @@ class StructuredCut(PruningCallback, CuttingPart):
                 f"{type(averaging[0]).__name__} keeps a copy of the uncut model and would average different layers "
                 "after the cut: leave it out of trainer.callbacks, or average in a run of its own."
             )
-        pipeline.engine.check_cut()
+        pipeline.adapter.check_cut()
         check_averages(pipeline.module, pipeline.anatomy)
         savers = pipeline.trainer.checkpoint_callbacks
         if savers and all(getattr(saver, "save_weights_only", False) for saver in savers):
@@ -124,7 +124,7 @@ class StructuredCut(PruningCallback, CuttingPart):
         for part in self.pipeline.parts:
             part.detach()
         start = time.perf_counter()
-        engine = self.pipeline.engine
+        engine = self.pipeline.adapter
         engine.expect_skips(self is not self.pipeline.cut and any(part.skips_layers for part in self.pipeline.parts))
         engine.cut(self.pipeline.anatomy, plan)
         self.seconds = time.perf_counter() - start

@@ -101,7 +101,7 @@ def test_public_names_are_there_when_asked_for() -> None:
     assert set(lightprune.__all__) <= set(dir(lightprune))
     assert lightprune.LayerGateSelector is LayerGateSelector
     assert lightprune.data.TextDataModule is TextDataModule
-    assert lightprune.strategies.engine_of is not None
+    assert lightprune.strategies.adapter_of is not None
     with pytest.raises(AttributeError, match="has no attribute 'LayerGate'"):
         _ = lightprune.LayerGate
 

@@ -246,7 +246,7 @@ def test_a_wrong_name_of_the_only_model() -> None:
 def test_the_other_package_of_lightning() -> None:
     other = pytest.importorskip("pytorch_lightning")
     trainer = other.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    from lightprune.strategies import engine_of
+    from lightprune.strategies import adapter_of
 
     with pytest.raises(ConfigError, match=r"of the package pytorch_lightning: .*lightning\.pytorch"):
-        engine_of(trainer)
+        adapter_of(trainer)

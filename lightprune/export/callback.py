@@ -17,7 +17,7 @@ from lightprune.export.write import check_generation_config, export_hf, keep_unv
 from lightprune.hub import Dtype, torch_dtype
 from lightprune.integrations.lightning import data_of, find_causal_lm, shadow_method
 from lightprune.pipeline import FinishingCallback, Pipeline
-from lightprune.strategies import engine_of
+from lightprune.strategies import adapter_of
 
 
 class ExportHF(FinishingCallback):
@@ -85,7 +85,7 @@ class ExportHF(FinishingCallback):
         if pipeline is not None and pipeline.cut is not None and not pipeline.cut.done:
             rank_zero_warn(f"Nothing is exported to {self.path!r}: training ended before the cut.")
             return
-        lm = engine_of(trainer).whole(find_causal_lm(pl_module)[1])
+        lm = adapter_of(trainer).whole(find_causal_lm(pl_module)[1])
         problem = None if lm is None else self._export(trainer, pl_module, lm, pipeline)
         # Every rank waits for rank 0 here, and learns whether the fit has failed.
         self._problem = trainer.strategy.broadcast(problem)

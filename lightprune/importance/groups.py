@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightprune.anatomy import Anatomy, Shape, Unit, Weight
 from lightprune.anatomy.axes import Run
-from lightprune.integrations.zero_params import whole, whole_shape
+from lightprune.integrations.zero_params import gathered, whole_shape
 
 Norm = Literal["l1", "l2"]
 
@@ -100,7 +100,7 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, group: Coupled, norm: Norm) -> Tensor:
         ctx.parameter, ctx.group, ctx.norm = parameter, group, norm
-        weights = group.units(whole(parameter))
+        weights = group.units(gathered(parameter))
         precision = torch.promote_types(weights.dtype, torch.float32)
         within = tuple(range(1, weights.ndim))
         longest = max(within, key=lambda dimension: weights.shape[dimension])
@@ -110,7 +110,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
-        values = whole(ctx.parameter)  # anew, for under ZeRO-3 it is let go in between
+        values = gathered(ctx.parameter)  # anew, for under ZeRO-3 it is let go in between
         gradient = torch.zeros_like(values)
         weights, found = ctx.group.units(values), ctx.group.units(gradient)
         factors = per_unit(slopes[0], weights).to(weights.dtype)

@@ -31,7 +31,7 @@ def parameter_count(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def whole(parameter: Tensor) -> Tensor:
+def gathered(parameter: Tensor) -> Tensor:
     """The whole of a parameter, without gradient; it itself if it is whole. Every rank must ask for it."""
     if not is_partitioned(parameter):
         return parameter.detach()
@@ -44,7 +44,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def changed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def gathered_for_update(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """The parameters are whole inside, and what every rank makes of them stays; no optimizer may train them."""
     if not any(map(is_partitioned, parameters)):
         yield

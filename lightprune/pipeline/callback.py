@@ -31,8 +31,8 @@ class PruningCallback(Part):
             pipeline.begin_batch()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if not self.pipeline.weights.held and self.pipeline.engine.stepping:
-            self.learn()
+        if not self.pipeline.weights.held and self.pipeline.adapter.stepping:
+            self.optimizer_step()
 
     def on_train_batch_end(
         self,

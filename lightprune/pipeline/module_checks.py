@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lightprune.anatomy import Anatomy, Structure
 from lightprune.errors import ConfigError
-from lightprune.integrations.zero_params import whole, whole_shape
+from lightprune.integrations.zero_params import gathered, whole_shape
 from lightprune.pipeline.aliases import check_aliases, sliced_weights
 
 
@@ -153,7 +153,7 @@ def _same_weights(left: nn.Module, right: nn.Module) -> bool:
         return False
     pairs = zip(left.parameters(), right.parameters(), strict=True)
     # On the meta device there are no values yet by which to tell one from the other.
-    return all(a.is_meta or b.is_meta or torch.equal(whole(a), whole(b).to(a)) for a, b in pairs)
+    return all(a.is_meta or b.is_meta or torch.equal(gathered(a), gathered(b).to(a)) for a, b in pairs)
 
 
 def check_sliced(module: nn.Module, anatomy: Anatomy, layers: Collection[int], units: Collection[Structure]) -> None:

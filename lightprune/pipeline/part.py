@@ -20,7 +20,7 @@ from lightprune.pipeline.held_weights import HeldWeights
 from lightprune.pipeline.stages import Stage, Status
 from lightprune.pipeline.steps import resolve_steps
 from lightprune.plan import PruningPlan
-from lightprune.strategies import Engine
+from lightprune.strategies import StrategyAdapter
 
 
 class PipelineView(Protocol):
@@ -29,7 +29,7 @@ class PipelineView(Protocol):
     trainer: L.Trainer
     module: L.LightningModule
     anatomy: Anatomy
-    engine: Engine
+    adapter: StrategyAdapter
     weights: HeldWeights
     fitting: bool
     cycles: "list[Cycle]"
@@ -156,7 +156,7 @@ class Part(Callback, ABC):
     def end_batch(self) -> None:
         """Bring ranks together after a batch. All of them call this, those that skipped the batch too."""
 
-    def learn(self) -> None:
+    def optimizer_step(self) -> None:
         """Step what this part optimizes by itself; called once per optimizer step, with gradients in place."""
 
     def project(self) -> None:

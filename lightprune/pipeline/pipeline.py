@@ -39,14 +39,14 @@ class Pipeline:
             part.check_settings()
         self.parts.sort(key=lambda part: (part.stage, part.begins))
         self.cycles = cycles_of(self.selectors, self.cuts)
-        self.engine = strategies.engine_of(trainer)
+        self.adapter = strategies.adapter_of(trainer)
         self.anatomy: Anatomy
         self._restored: frozenset[str] = frozenset()  # the states of parts that come from a checkpoint
         self._evaluated: int | None = None  # the step of the checkpoint that is evaluated outside a fit
         self._ended = False
         self._unwrap: list[Callable[[], None]] = []
         self.weights = HeldWeights(module)
-        self._step_hooks = StepHooks(self.engine, self.parts, self.weights)
+        self._step_hooks = StepHooks(self.adapter, self.parts, self.weights)
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> "Pipeline | None":
@@ -201,14 +201,14 @@ class Pipeline:
         for part in self.parts:
             part.detach()
         self.weights.release()
-        self.engine.expect_skips(False)
+        self.adapter.expect_skips(False)
         while self._unwrap:
             self._unwrap.pop()()
 
     def _wrap_all(self) -> None:
         if self.fitting:
-            self.engine.check()
-            self.engine.expect_skips(any(part.skips_layers for part in self.parts))
+            self.adapter.check()
+            self.adapter.expect_skips(any(part.skips_layers for part in self.parts))
         self.shadow(self.module, "configure_model", self._configure_model)
         self.shadow(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
         self._unwrap += self._step_hooks.open()
@@ -226,7 +226,7 @@ class Pipeline:
         self, original: Callable[..., dict[str, Any]], checkpoint_path: str | Path, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         run_checks.check_checkpoint(checkpoint_path, self.trainer.strategy.checkpoint_io)
-        checkpoint = self.engine.load(original, self._restructure, checkpoint_path, *args, **kwargs)
+        checkpoint = self.adapter.load(original, self._restructure, checkpoint_path, *args, **kwargs)
         if not self.fitting:
             self._evaluated = checkpoint.get("global_step")
             for part in self.parts:
@@ -240,7 +240,7 @@ class Pipeline:
         for part in restored:
             part.restructure(states[part.state_key])
         if self.cut is not None and states.get(self.cut.state_key, {}).get("plan") is not None:
-            self.engine.expect_skips(False)
+            self.adapter.expect_skips(False)
 
 
 def _parts_of(trainer: L.Trainer) -> list[Part]:

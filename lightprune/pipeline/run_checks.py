@@ -131,7 +131,7 @@ def _check_length(pipeline: PipelineView) -> None:
 def _check_clipping(pipeline: PipelineView) -> None:
     """Refuse at once what Lightning refuses at the first step that moves weights, perhaps long after selection."""
     trainer = pipeline.trainer
-    fused = [o for o in pipeline.engine.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
+    fused = [o for o in pipeline.adapter.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
     if trainer.gradient_clip_val and fused and isinstance(trainer.precision_plugin, MixedPrecision):
         raise ConfigError(
             f"trainer.gradient_clip_val is {trainer.gradient_clip_val} and {type(fused[0]).__name__} is fused, "
@@ -142,7 +142,7 @@ def _check_clipping(pipeline: PipelineView) -> None:
 
 def _check_training(pipeline: PipelineView) -> None:
     """Refuse what acts through training where nothing trains; to select, cut and export needs no optimizer."""
-    if pipeline.engine.rates:
+    if pipeline.adapter.rates:
         return
     for part in pipeline.parts:
         if part.needs_training:
@@ -158,5 +158,5 @@ def _check_optimizers(pipeline: PipelineView) -> None:
     ahead = [cycle for cycle in pipeline.cycles if cycle.cut is not None and not cycle.done]
     cutting = [selector for cycle in ahead for selector in cycle.selectors]
     if any(selector.structures - {"layers"} for selector in cutting):
-        for optimizer in pipeline.engine.optimizers:
-            check_optimizer(optimizer, flat=pipeline.engine.flat)
+        for optimizer in pipeline.adapter.optimizers:
+            check_optimizer(optimizer, flat=pipeline.adapter.flat)

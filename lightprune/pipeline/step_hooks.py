@@ -16,20 +16,20 @@ from lightprune.errors import ConfigError
 from lightprune.integrations.lightning import is_training_pass, shadow_method
 from lightprune.pipeline.held_weights import HeldWeights
 from lightprune.pipeline.part import Part
-from lightprune.strategies import Engine
+from lightprune.strategies import StrategyAdapter
 
 
 class StepHooks:
     """What a strategy does in a step, with the parts of a pipeline in it.
 
     Args:
-        engine: of that strategy.
+        adapter: of that strategy.
         parts: who adds penalties, learns, and changes weights.
         weights: that may be held still.
     """
 
-    def __init__(self, engine: Engine, parts: Sequence[Part], weights: HeldWeights) -> None:
-        self._engine = engine
+    def __init__(self, adapter: StrategyAdapter, parts: Sequence[Part], weights: HeldWeights) -> None:
+        self._adapter = adapter
         self._parts = parts
         self._weights = weights
         self._forwarded = False  # whether the LM has run since the last backward: only its losses get a penalty
@@ -44,16 +44,16 @@ class StepHooks:
             "backward": self._backward,
             "optimizer_step": self._optimizer_step,
         }
-        return [shadow_method(self._engine.strategy, name, shadow) for name, shadow in shadows.items()]
+        return [shadow_method(self._adapter.strategy, name, shadow) for name, shadow in shadows.items()]
 
     def watch(self, decoder: nn.Module) -> list[RemovableHandle]:
         """Note the passes of `Anatomy.decoder` that train, and who computes their gradients, until the handles go."""
 
         def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._forwarded = self._forwarded or is_training_pass(self._engine.trainer)
+            self._forwarded = self._forwarded or is_training_pass(self._adapter.trainer)
 
         def follow(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not self._manual or not is_training_pass(self._engine.trainer) or not self._concerned():
+            if not self._manual or not is_training_pass(self._adapter.trainer) or not self._concerned():
                 return
             if output[0].requires_grad:
                 output[0].register_hook(self._note_gradient)
@@ -70,7 +70,7 @@ class StepHooks:
 
     @property
     def _manual(self) -> bool:
-        return not self._engine.module.automatic_optimization
+        return not self._adapter.module.automatic_optimization
 
     def _concerned(self) -> list[str]:
         """The names of the parts that act in backward passes."""
@@ -89,7 +89,7 @@ class StepHooks:
 
     def _refusal(self) -> ConfigError:
         return ConfigError(
-            f"{type(self._engine.module).__name__} calls loss.backward(), of which {', '.join(self._concerned())} "
+            f"{type(self._adapter.module).__name__} calls loss.backward(), of which {', '.join(self._concerned())} "
             "would see nothing: call self.manual_backward(loss) in its place."
         )
 
@@ -97,7 +97,7 @@ class StepHooks:
         if not self._weights.held:
             return original(*args, **kwargs)
         try:
-            return self._engine.held_step(original, *args, **kwargs)
+            return self._adapter.held_step(original, *args, **kwargs)
         except RuntimeError as error:
             # Of autograd, where `loss.backward()` finds that nothing wants a gradient while the weights stand still.
             if self._manual and not self._in_backward and "does not require grad" in str(error):
@@ -117,13 +117,13 @@ class StepHooks:
             for part in self._parts:
                 penalty = part.penalty()
                 if penalty is not None:
-                    loss = loss + penalty.to(loss.device) / self._engine.trainer.accumulate_grad_batches
+                    loss = loss + penalty.to(loss.device) / self._adapter.trainer.accumulate_grad_batches
         self._in_backward = True
         try:
             if not self._weights.held:
                 return original(loss, optimizer, *args, **kwargs)
             if loss.requires_grad:
-                return self._engine.held_backward(original, loss, optimizer, *args, **kwargs)
+                return self._adapter.held_backward(original, loss, optimizer, *args, **kwargs)
             return loss
         finally:
             self._in_backward = False
@@ -143,15 +143,15 @@ class StepHooks:
 
         if not self._weights.held:
             result = original(optimizer, checked if self._manual else closure, *args, **kwargs)
-            if self._engine.stepping:
-                self._engine.stepped()
+            if self._adapter.stepping:
+                self._adapter.stepped()
                 for part in self._parts:
                     part.project()
             return result
         result = checked()
-        if self._engine.stepping:
+        if self._adapter.stepping:
             for part in self._parts:
-                part.learn()
-            self._engine.adjust_scale()
-            self._engine.skip_step(optimizer)
+                part.optimizer_step()
+            self._adapter.adjust_scale()
+            self._adapter.skip_step(optimizer)
         return result

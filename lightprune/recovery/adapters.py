@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy import Anatomy
 from lightprune.integrations.seeding import seed_generators
-from lightprune.integrations.zero_params import changed
+from lightprune.integrations.zero_params import gathered_for_update
 
 # What `peft` calls an adapter that is the only one.
 NAME = "default"
@@ -96,7 +96,7 @@ class Adapters:
     def merge(self) -> None:
         """Add them to the weights, W + scale * B A, and leave the plain model."""
         for layer in self._layers.values():
-            with changed(list(layer.parameters())):
+            with gathered_for_update(list(layer.parameters())):
                 layer.merge()
         self._tuner.unload()
         self._leave()

@@ -72,7 +72,7 @@ class LoRARecovery(PruningCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self.pipeline.shadow(trainer.strategy, self.pipeline.engine.makes_optimizers, self._make_optimizers)
+        self.pipeline.shadow(trainer.strategy, self.pipeline.adapter.makes_optimizers, self._make_optimizers)
 
     def check_settings(self) -> None:
         check_number(self, "r", self.r, whole=True, least=1)
@@ -104,9 +104,9 @@ class LoRARecovery(PruningCallback):
     def advance(self, step: int) -> None:
         cut = self.pipeline.cut
         if self._adapters is None and cut is not None and cut.done:
-            with self.pipeline.engine.rewrapped():
+            with self.pipeline.adapter.rewrapped():
                 self._adapt()
-                self._enter(self.pipeline.engine.optimizers)
+                self._enter(self.pipeline.adapter.optimizers)
 
     def finish(self) -> None:
         """Merge the adapters: an ordinary model is left, and optimizers that would train its weights anew."""
@@ -115,8 +115,8 @@ class LoRARecovery(PruningCallback):
         from lightprune.recovery.adapters import restore
 
         self._adapters.merge()
-        if self.pipeline.fitting and self.pipeline.engine.keeps_optimizers:  # else no optimizer has them
-            restore(self.pipeline.engine.optimizers, self._before)
+        if self.pipeline.fitting and self.pipeline.adapter.keeps_optimizers:  # else no optimizer has them
+            restore(self.pipeline.adapter.optimizers, self._before)
         self._adapters, self._before = None, []
 
     def detach(self) -> None:
@@ -173,7 +173,7 @@ class LoRARecovery(PruningCallback):
             return original(*args)
         with self._adapters.hidden():
             made = original(*args)
-        self._enter(self.pipeline.engine.made(made))
+        self._enter(self.pipeline.adapter.made(made))
         return made
 
     def _resolved(self) -> dict[str, Any]:

@@ -22,8 +22,8 @@ class ProximalGroupLasso(UnitRegularizer):
     W_g <- W_g * max(0, 1 - tau / rms(W_g)), for every coupled group W_g of a unit that the plan removes
     (`lightprune.importance.groups`): the proximal operator of tau * sqrt(N_g) * ||W_g||_2 for its N_g weights (Yuan
     and Lin 2006, whose weights sqrt(p_j) these are; Parikh and Boyd 2014, section 6.5.1). Where structures cross,
-    in the weights of a channel in a hidden dimension that both go, each structure's step is taken in turn. Unlike a penalty this reaches
-    exactly zero, and the optimizer's moments, gradient clipping and logged loss know nothing of it.
+    in the weights of a channel in a hidden dimension that both go, each structure's step is taken in turn.
+    Unlike a penalty this reaches exactly zero, and the optimizer's moments, gradient clipping and logged loss know nothing of it.
 
     With all groups at zero the cut changes nothing, except where a norm counts dimensions that go: hidden dimensions,
     and the heads of OLMo 2. For these `GateAnnealing` is the exact one.
@@ -50,7 +50,7 @@ class ProximalGroupLasso(UnitRegularizer):
         super().watch(plan)
         if not self._groups or self.strength is not None:
             return
-        with self.pipeline.engine.edited(self._groups[0].places[0].weight.parameter) as values:
+        with self.pipeline.adapter.edited(self._groups[0].places[0].weight.parameter) as values:
             dtype = values.dtype  # under DeepSpeed that of the masters
         if self._steps_left() > 1 / torch.finfo(dtype).eps:
             rank_zero_warn(
@@ -63,7 +63,7 @@ class ProximalGroupLasso(UnitRegularizer):
     def project(self) -> None:
         if not self._groups:
             return
-        engine = self.pipeline.engine
+        engine = self.pipeline.adapter
         rates = engine.rates
         strength, left = self.strength or 0.0, self._steps_left()
         for group in self._groups:

@@ -30,8 +30,8 @@ class GroupNormPenalty(UnitRegularizer):
     DReSS: under the penalty the weights of what will be cut shrink, and what they did moves into the others. A unit's
     group W_unit is all the weights that vanish together with it (`lightprune.importance.groups`); its norm is a root
     mean square (l2) or a mean absolute value (l1), and the mean runs over the units of one structure in all layers
-    that stay, so that neither the size of a group nor the number of units changes what a `strength` does. (The paper leaves the
-    coupling of rows and columns, the reduction and the strength open.)
+    that stay, so that neither the size of a group nor the number of units changes what a `strength` does. (The
+    paper leaves the coupling of rows and columns, the reduction and the strength open.)
 
     Args:
         strength: lambda, against a loss in nats per token: with `relative`, what a structure adds as the window begins.

@@ -121,7 +121,7 @@ class Selector(PruningCallback, DecidingPart):
         made_by = {"selector": type(self).__name__, "step": self.pipeline.step}
         decided = replace(plan, provenance={**made_by, **plan.provenance})
         # All ranks have seen the same, but for rounding, and rounding must not decide.
-        self.plan = PruningPlan.from_dict(self.pipeline.engine.broadcast(decided.to_dict()))
+        self.plan = PruningPlan.from_dict(self.pipeline.adapter.broadcast(decided.to_dict()))
 
     def state_dict(self) -> dict[str, Any]:
         return {"plan": None if self.plan is None else self.plan.to_dict(), **self.scores_state()}

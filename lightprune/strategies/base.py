@@ -1,4 +1,4 @@
-"""`Engine`: what the pipeline asks of a Lightning strategy. One subclass for each kind that is supported."""
+"""`StrategyAdapter`: what the pipeline asks of a Lightning strategy. One subclass for each kind that is supported."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ Restructure = Callable[[Mapping[str, Any]], None]
 Replaced = dict[nn.Parameter, tuple[nn.Parameter, Rows]]
 
 
-class Engine(ABC):
+class StrategyAdapter(ABC):
     """How one kind of Lightning strategy trains, and how it is made whole when the model changes under it.
 
     Attributes:
@@ -109,7 +109,7 @@ class Engine(ABC):
         """Note an optimizer step in which the weights stood still; schedulers warn where no step came before theirs."""
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
-    def learn(self, optimizer: Optimizer, *, held: bool) -> None:
+    def optimizer_step(self, optimizer: Optimizer, *, held: bool) -> None:
         """Step an optimizer of a part's own, of parameters that the strategy does not know, and clear their gradients.
 
         They learn from the mean of all ranks' gradients, so every rank must call this. Where no rank has any (every

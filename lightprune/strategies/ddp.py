@@ -12,10 +12,10 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch.nn.parallel import DistributedDataParallel
 
 from lightprune.errors import ConfigError
-from lightprune.strategies.base import Engine, Replaced
+from lightprune.strategies.base import Replaced, StrategyAdapter
 
 
-class DDP(Engine):
+class DDP(StrategyAdapter):
     """Lightning's `DDPStrategy`, however its processes are started."""
 
     supports = DDPStrategy

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
 from lightprune.integrations.lightning import shadow_method
-from lightprune.integrations.zero_params import changed, is_partitioned, twin, whole, whole_shape
+from lightprune.integrations.zero_params import gathered, gathered_for_update, is_partitioned, twin, whole_shape
 from lightprune.strategies import zero
 from lightprune.strategies.base import (
     Checkpoint,
-    Engine,
     Replaced,
     Restructure,
+    StrategyAdapter,
     all_finite,
     gradients_of,
     schedulers_of,
@@ -42,7 +42,7 @@ _NOT_CUT = ("zenflow", "zero_hpz_partition_size", "zero_quantized_gradients", "z
 _LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt")
 
 
-class DeepSpeed(Engine):
+class DeepSpeed(StrategyAdapter):
     """Lightning's `DeepSpeedStrategy` with ZeRO of stage 1, 2 or 3, and the strategies derived from it."""
 
     supports = DeepSpeedStrategy
@@ -252,7 +252,7 @@ class DeepSpeed(Engine):
             self._places = zero.places_of(self._zero)
         place = self._places.get(parameter)
         if place is None:  # it is frozen: there is nothing but the parameter itself
-            with changed([parameter]):
+            with gathered_for_update([parameter]):
                 yield parameter.detach()
             return
         part = place.of(place.flat.detach())
@@ -271,7 +271,7 @@ class DeepSpeed(Engine):
             return super().whole(lm)
         parameters = {}
         for parameter in lm.parameters():
-            values = whole(parameter)
+            values = gathered(parameter)
             if self.strategy.is_global_zero:
                 parameters[parameter] = nn.Parameter(values.cpu(), requires_grad=parameter.requires_grad)
         return cast(PreTrainedModel, twin(lm, parameters)) if self.strategy.is_global_zero else None

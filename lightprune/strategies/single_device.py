@@ -8,11 +8,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightprune.strategies.base import Checkpoint, Engine, Replaced, Restructure, gradients_of
+from lightprune.strategies.base import Checkpoint, Replaced, Restructure, StrategyAdapter, gradients_of
 from lightprune.strategies.zero_checkpoint import is_sharded, whole_checkpoint
 
 
-class SingleDevice(Engine):
+class SingleDevice(StrategyAdapter):
     """Lightning's `SingleDeviceStrategy`."""
 
     supports = SingleDeviceStrategy
@@ -27,7 +27,7 @@ class SingleDevice(Engine):
     def rewrapped(self) -> AbstractContextManager[Replaced]:
         return nullcontext({})
 
-    def learn(self, optimizer: Optimizer, *, held: bool) -> None:
+    def optimizer_step(self, optimizer: Optimizer, *, held: bool) -> None:
         if gradients_of(optimizer):
             self._step(optimizer, held=held)
         optimizer.zero_grad()

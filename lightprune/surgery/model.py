@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lightprune.anatomy import Anatomy, Shape
 from lightprune.anatomy.axes import Axis, length, rows_of
 from lightprune.anatomy.base import STATED_COUNTS, Axes, Site
-from lightprune.integrations.zero_params import partition_like, whole
+from lightprune.integrations.zero_params import gathered, partition_like
 from lightprune.plan import PruningPlan, apply_to_config
 
 # What of a parameter stays: for each dimension the indices, or None for all of it.
@@ -84,7 +84,7 @@ def _cut_width(anatomy: Anatomy, plan: PruningPlan, on_replace: OnReplace | None
                 continue
             new = tied.get(old)
             if new is None:
-                new = nn.Parameter(sliced(whole(old), rows), requires_grad=old.requires_grad)
+                new = nn.Parameter(sliced(gathered(old), rows), requires_grad=old.requires_grad)
                 partition_like(new, old)
                 if on_replace is not None:
                     on_replace(old, new, rows)

@@ -8,8 +8,8 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 import lightprune as lp
+from lightprune.strategies import adapter_of
 from lightprune.strategies import deepspeed as engine_file
-from lightprune.strategies import engine_of
 from lightprune.strategies.exact import CPUDeepSpeedStrategy
 from tests.strategies.runs import small_lm
 from tests.training import Plain
@@ -28,7 +28,7 @@ def test_a_strategy_that_is_not_supported(strategy: Strategy) -> None:
     trainer = trainer_with("ddp")
     trainer._accelerator_connector.strategy = strategy  # Lightning itself would refuse them on a CPU
     with pytest.raises(lp.ConfigError, match=f"cannot prune under {type(strategy).__name__}: .*ExactDeepSpeedStrategy"):
-        engine_of(trainer)
+        adapter_of(trainer)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_strategy_that_is_not_supported(strategy: Strategy) -> None:
 )
 def test_a_setting_that_cannot_work(strategy: Strategy, message: str) -> None:
     with pytest.raises(lp.ConfigError, match=message):
-        engine_of(trainer_with(strategy)).check()
+        adapter_of(trainer_with(strategy)).check()
 
 
 def test_manual_optimization_under_deepspeed() -> None:
@@ -55,7 +55,7 @@ def test_manual_optimization_under_deepspeed() -> None:
     trainer = trainer_with(zero())
     trainer.strategy.connect(module)
     with pytest.raises(lp.ConfigError, match=r"Plain\.automatic_optimization is False.*use ddp"):
-        engine_of(trainer).check()
+        adapter_of(trainer).check()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_find_unused_parameters_true", *map(zero, (1, 2, 3))])
@@ -63,29 +63,29 @@ def test_what_works_is_not_refused(strategy: Strategy | str) -> None:
     trainer = trainer_with(strategy, accumulate_grad_batches=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        engine_of(trainer).check()
+        adapter_of(trainer).check()
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
 def test_ranks_that_hand_their_weights_to_an_uncut_model(strategy: str) -> None:
     with pytest.raises(lp.ConfigError, match=r"loads what they trained into a model that is not cut.*strategy=ddp"):
-        engine_of(trainer_with(strategy)).check_cut()
+        adapter_of(trainer_with(strategy)).check_cut()
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "auto", zero(2)])
 def test_strategies_that_cut(strategy: Strategy | str) -> None:
-    engine_of(trainer_with(strategy)).check_cut()
+    adapter_of(trainer_with(strategy)).check_cut()
 
 
 @pytest.mark.parametrize("installed", ["0.19.7", "0.20.0"])
 def test_a_version_of_deepspeed_that_was_not_checked(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_file, "version", lambda name: installed)
     with pytest.raises(lp.ConfigError, match=rf"deepspeed {installed} is installed.*deepspeed>=0\.19\.8,<0\.20"):
-        engine_of(trainer_with(zero())).check()
+        adapter_of(trainer_with(zero())).check()
 
 
 def test_lightnings_own_strategy_divides_twice_and_says_so() -> None:
     trainer = trainer_with("ddp", accumulate_grad_batches=4)
     trainer._accelerator_connector.strategy = DeepSpeedStrategy(stage=2)  # wants GPUs
     with pytest.warns(UserWarning, match="accumulate_grad_batches is 4.*ExactDeepSpeedStrategy"):
-        engine_of(trainer).check()
+        adapter_of(trainer).check()

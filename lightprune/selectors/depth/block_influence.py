@@ -57,7 +57,7 @@ class BlockInfluenceSelector(LayerSelector):
         return use
 
     def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
-        influences, tokens = self.pipeline.engine.sum(self._sums)
+        influences, tokens = self.pipeline.adapter.sum(self._sums)
         if not tokens.any():
             raise self.seen_nothing()
         scores = influences / tokens.clamp(min=1)
@@ -69,7 +69,7 @@ class BlockInfluenceSelector(LayerSelector):
 
     def scores_state(self) -> dict[str, Any]:
         # The mean over ranks: each of them takes it back, and together they have the sum again.
-        sums = self.pipeline.engine.mean(self._sums) if self._sums.numel() else self._sums
+        sums = self.pipeline.adapter.mean(self._sums) if self._sums.numel() else self._sums
         return {"sums": sums, "passes": self._passes}
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:

@@ -100,7 +100,9 @@ class GreedyPerplexitySelector(LayerSelector):
                 loss, tokens_here = self._loss_without(lm, layers, inputs, index, dropped, entering[index])
                 sums[index] += loss
             tokens += tokens_here
-        *totals, tokens = self.pipeline.engine.sum(torch.tensor([*sums.values(), tokens], dtype=torch.float64)).tolist()
+        *totals, tokens = self.pipeline.adapter.sum(
+            torch.tensor([*sums.values(), tokens], dtype=torch.float64)
+        ).tolist()
         finite = {index: total for index, total in zip(sums, totals, strict=True) if math.isfinite(total)}
         if not finite or not tokens:
             raise self.seen_nothing()
@@ -131,7 +133,9 @@ class GreedyPerplexitySelector(LayerSelector):
         return {
             "batches": [
                 batch
-                for of_ranks in zip_longest(*self.pipeline.engine.gather(self._batches))  # a rank may have skipped some
+                for of_ranks in zip_longest(
+                    *self.pipeline.adapter.gather(self._batches)
+                )  # a rank may have skipped some
                 for batch in of_ranks
                 if batch is not None
             ]

@@ -160,11 +160,11 @@ class LayerGateSelector(LayerSelector):
             return None
         return self.l1 * self._gates[self.remaining].abs().sum()
 
-    def learn(self) -> None:
+    def optimizer_step(self) -> None:
         """One step of Adam on the gates."""
         if not self.open or self._adam is None:
             return
-        self.pipeline.engine.learn(self._adam, held=self.pipeline.weights.held)
+        self.pipeline.adapter.optimizer_step(self._adam, held=self.pipeline.weights.held)
         self._round_steps += 1
         if self.patience is not None:  # ranking waits for the device
             smallest = self._smallest_gates()

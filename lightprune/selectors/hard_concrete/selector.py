@@ -207,12 +207,12 @@ class HardConcreteSelector(Selector):
             return None
         return self._masks.penalty(self._progress(self.pipeline.step))
 
-    def learn(self) -> None:
+    def optimizer_step(self) -> None:
         """One step of Adam, down for the logits and up for the multipliers."""
         if not self.open or self._masks is None or self._adam is None:
             return
         self._collect()
-        self.pipeline.engine.learn(self._adam, held=self.pipeline.weights.held)
+        self.pipeline.adapter.optimizer_step(self._adam, held=self.pipeline.weights.held)
         self._masks.clamp()
 
     def choose(self) -> PruningPlan:
@@ -233,7 +233,7 @@ class HardConcreteSelector(Selector):
 
     def fold(self) -> None:
         if self._units is not None:
-            self._units.fold(self.pipeline.engine.edited)
+            self._units.fold(self.pipeline.adapter.edited)
 
     def detach(self) -> None:
         super().detach()

@@ -12,7 +12,7 @@ from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Axis
 from lightprune.anatomy.base import Site
 from lightprune.errors import check_choice
 from lightprune.importance.ranking import Metric, activation_scores, add_moments, magnitudes
-from lightprune.integrations.zero_params import whole
+from lightprune.integrations.zero_params import gathered
 from lightprune.pipeline.steps import Steps
 from lightprune.selectors.counts import Keep
 from lightprune.selectors.width.calibration import CalibratedUnitSelector, accumulator
@@ -122,7 +122,7 @@ def column_norms(site: Site, axis: Axis) -> Tensor:
     """The l2 norm [m] of each column of a projection's weight: each vector that one of its inputs is multiplied by."""
     (weight,) = [weight for weight in site.weights() if axis in weight.axes and len(weight.axes) > 1]
     dimension = weight.axes.index(axis)
-    matrix = whole(weight.parameter).movedim(dimension, 0)
+    matrix = gathered(weight.parameter).movedim(dimension, 0)
     return cast(Tensor, torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float32))
 
 

@@ -71,7 +71,7 @@ class CalibratedUnitSelector(UnitSelector):
             self._sums[unit] = self._sums.get(unit, nothing).to(nothing.device)
 
     def scores(self) -> Mapping[Unit, Tensor]:
-        totals = {unit: self.pipeline.engine.sum(sums) for unit, sums in self._sums.items()}
+        totals = {unit: self.pipeline.adapter.sum(sums) for unit, sums in self._sums.items()}
         if not all(sums[0].all() for sums in totals.values()):
             raise self.seen_nothing()
         return {unit: self.score(unit, sums) for unit, sums in totals.items()}
@@ -93,7 +93,7 @@ class CalibratedUnitSelector(UnitSelector):
 
     def scores_state(self) -> dict[str, Any]:
         # The mean over ranks: each of them takes it back, and together they have the sum again.
-        means = {unit: self.pipeline.engine.mean(sums) for unit, sums in self._sums.items()}
+        means = {unit: self.pipeline.adapter.mean(sums) for unit, sums in self._sums.items()}
         return {"sums": means, "passes": self._passes}
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:

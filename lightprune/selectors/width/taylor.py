@@ -103,13 +103,13 @@ class TaylorUnitSelector(CalibratedUnitSelector):
         pieces = {u: torch.zeros_like(g) if g.grad is None else g.grad for u, g in self._gates.items()}
         seen = any(gates.grad is not None for gates in self._gates.values())
         flat = torch.cat([piece.flatten() for piece in pieces.values()])
-        mean = self.pipeline.engine.mean(torch.cat([flat, flat.new_full((1,), seen)]))
+        mean = self.pipeline.adapter.mean(torch.cat([flat, flat.new_full((1,), seen)]))
         parts = torch.split(mean[:-1], [piece.numel() for piece in pieces.values()])
         return {unit: part.view_as(pieces[unit]) for unit, part in zip(pieces, parts, strict=True)}, mean[-1] > 0
 
     def _loss_scale(self, finite: Tensor) -> Tensor:
         """What the loss was multiplied by; while no optimizer steps, this lowers it after an overflow."""
-        scaler = self.pipeline.engine.scaler
+        scaler = self.pipeline.adapter.scaler
         one = torch.ones((), device=finite.device)
         if scaler is None or not scaler.is_enabled():
             return one
