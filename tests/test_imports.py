@@ -106,6 +106,9 @@ def test_public_names_are_there_when_asked_for() -> None:
         _ = lightprune.LayerGate
 
 
+TO_DERIVE_FROM = {"LayerSelector", "Part", "PruningCallback", "Regularizer", "Selector", "UnitSelector"}
+
+
 def test_help_names_the_callbacks() -> None:
     """Those that the parser cannot name, as it knows only imported classes."""
     from lightning.pytorch.callbacks import Callback
@@ -114,5 +117,7 @@ def test_help_names_the_callbacks() -> None:
     assert callbacks == {
         name
         for name in lightprune.__all__
-        if isinstance(getattr(lightprune, name), type) and issubclass(getattr(lightprune, name), Callback)
+        if isinstance(getattr(lightprune, name), type)
+        and issubclass(getattr(lightprune, name), Callback)
+        and name not in TO_DERIVE_FROM
     }

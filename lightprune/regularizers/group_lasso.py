@@ -23,7 +23,8 @@ class ProximalGroupLasso(UnitRegularizer):
     (`lightprune.importance.groups`): the proximal operator of tau * sqrt(N_g) * ||W_g||_2 for its N_g weights (Yuan
     and Lin 2006, whose weights sqrt(p_j) these are; Parikh and Boyd 2014, section 6.5.1). Where structures cross,
     in the weights of a channel in a hidden dimension that both go, each structure's step is taken in turn.
-    Unlike a penalty this reaches exactly zero, and the optimizer's moments, gradient clipping and logged loss know nothing of it.
+    Unlike a penalty this reaches exactly zero, and the optimizer's moments, gradient clipping and logged loss know
+    nothing of it.
 
     With all groups at zero the cut changes nothing, except where a norm counts dimensions that go: hidden dimensions,
     and the heads of OLMo 2. For these `GateAnnealing` is the exact one.

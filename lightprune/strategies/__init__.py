@@ -4,7 +4,7 @@ from lightprune.strategies.base import StrategyAdapter
 from lightprune.strategies.exact import CPUDeepSpeedStrategy, ExactDeepSpeedStrategy
 from lightprune.strategies.registry import adapter_of, register_adapter
 
-# The names of version 0.1.0's first commits.
+# Earlier names of the same.
 Engine, engine_of = StrategyAdapter, adapter_of
 
 __all__ = ["CPUDeepSpeedStrategy", "ExactDeepSpeedStrategy", "StrategyAdapter", "adapter_of", "register_adapter"]
