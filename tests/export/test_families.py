@@ -16,6 +16,8 @@ from tests.logits import logits_of
 
 TIED = (
     "llama_tied",
+    "ernie4_5",
+    "starcoder2",
     "smollm3",
     "gemma2",
     "gemma3",

@@ -28,6 +28,8 @@ LAYOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"mlp\.(gate_proj|up_proj|fc1|dense_h_to_4h)\.(weight|bias)", ("channels", "hidden")),
     (r"mlp\.(down_proj|fc2|dense_4h_to_h)\.(weight|bias)", ("hidden", "channels")),
     (r"mlp\.gate_up_proj\.weight", ("gate up", "hidden")),
+    (r"model\.layers\.\d+\.mlp\.c_fc\.weight", ("channels", "hidden")),  # Starcoder 2; GPT-2's lie across
+    (r"model\.layers\.\d+\.mlp\.c_proj\.weight", ("hidden", "channels")),
     (r"mlp\.c_fc\.weight", ("hidden", "channels")),
     (r"mlp\.c_fc\.bias", ("channels",)),
     (r"mlp\.c_proj\.weight", ("channels", "hidden")),

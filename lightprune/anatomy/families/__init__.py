@@ -10,8 +10,10 @@ from lightprune.anatomy.families.olmo2 import OLMO2
 from lightprune.anatomy.families.opt import OPT
 from lightprune.anatomy.families.phi import PHI
 from lightprune.anatomy.families.phi3 import PHI3
+from lightprune.anatomy.families.starcoder2 import ARCEE, STARCODER2
 
 FAMILIES: tuple[Family, ...] = (
+    ARCEE,
     LLAMA,
     GEMMA2,
     GEMMA3,
@@ -23,4 +25,5 @@ FAMILIES: tuple[Family, ...] = (
     PHI,
     PHI3,
     QWEN3_MOE,
+    STARCODER2,
 )

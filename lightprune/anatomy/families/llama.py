@@ -1,4 +1,4 @@
-"""Llama and the families that share its layout: Mistral, Qwen2, Qwen3, SmolLM3, Granite."""
+"""Llama and the families that share its layout, among them Mistral, Qwen, SmolLM3, Granite and ERNIE 4.5."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,18 @@ PRE_NORMS: Mapping[str, Axes] = {"input_layernorm": (HIDDEN,), "post_attention_l
 STEM: Mapping[str, Axes] = {"model.embed_tokens": (None, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (None, HIDDEN)}
 
 LLAMA = Family(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
+    model_types=(
+        "ernie4_5",
+        "granite",
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "seed_oss",
+        "smollm3",
+    ),
     weights={**PRE_NORMS, **ATTENTION, **GATED_MLP},
     stem=STEM,
     per_layer_fields=("layer_types", "no_rope_layers"),
