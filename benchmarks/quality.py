@@ -6,7 +6,7 @@ the results, and a run that is there already is skipped, so a stopped benchmark 
 the learning rate that was best for that row on a quarter of the tokens; the search widens its grid until the best rate
 is inside it.
 
-The README's tables are on the validation text of WikiText-2 (one file, with its `<unk>` marks), and on GSM8K's training
+The tables are on the validation text of WikiText-2 (one file, with its `<unk>` marks), and on GSM8K's training
 set as JSON Lines with a field `text`: "Question: ", the question, a line break, "Answer: ", the answer.
 
 What a selector looked at counts in its row's tokens. Since weights stand still while it looks, the plan is made once

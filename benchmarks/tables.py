@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from quality import RESULTS, Results, Row, table
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (ROOT / "docs" / "measurements.md", ROOT / "benchmarks" / "README.md")
 
 ALL_WIDTH = tuple(width.rows())
 TABLES: Mapping[str, Callable[[], Iterable[str]]] = {
