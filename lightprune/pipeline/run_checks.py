@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightprune.errors import ConfigError
 from lightprune.pipeline.part import Part, PipelineView
-from lightprune.surgery import check_optimizer
+from lightprune.surgery import check_groups_hold_all, check_optimizer
 
 
 def check_run(pipeline: PipelineView) -> None:
@@ -61,7 +61,7 @@ def check_resume(parts: Sequence[Part], states: Mapping[str, Any]) -> None:
         if part.state_key not in states and others:
             raise ConfigError(
                 f"The checkpoint was saved with {others[0]}, and this run has {part.state_key}: resume with the "
-                f"steps that {name} had in the run that saved it."
+                f"steps that {name} had in the run that saved it (a share such as 75% counts from trainer.max_steps)."
             )
 
 
@@ -154,9 +154,12 @@ def _check_training(pipeline: PipelineView) -> None:
 
 
 def _check_optimizers(pipeline: PipelineView) -> None:
-    """Refuse optimizers whose state no cut in width that is still to come could slice."""
+    """Refuse optimizers that a cut that is still to come could not take parameters out of, or slice the state of."""
     ahead = [cycle for cycle in pipeline.cycles if cycle.cut is not None and not cycle.done]
     cutting = [selector for cycle in ahead for selector in cycle.selectors]
-    if any(selector.structures - {"layers"} for selector in cutting):
-        for optimizer in pipeline.adapter.optimizers:
+    width = any(selector.structures - {"layers"} for selector in cutting)
+    for optimizer in pipeline.adapter.optimizers if cutting else ():
+        if width:
             check_optimizer(optimizer, flat=pipeline.adapter.flat)
+        else:
+            check_groups_hold_all(optimizer)

@@ -3,11 +3,12 @@
 from lightprune.surgery.expected import expected_parameters
 from lightprune.surgery.model import Rows, cut_model, kept_rows, sliced
 from lightprune.surgery.optimizer import drop_empty_groups, remove_parameters, replace_parameter
-from lightprune.surgery.optimizer_check import check_optimizer
+from lightprune.surgery.optimizer_check import check_groups_hold_all, check_optimizer
 from lightprune.surgery.shapes import resulting_parameters, resulting_shapes
 
 __all__ = [
     "Rows",
+    "check_groups_hold_all",
     "check_optimizer",
     "cut_model",
     "drop_empty_groups",

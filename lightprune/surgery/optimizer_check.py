@@ -1,4 +1,4 @@
-"""Which optimizers go through a cut in width: those whose state can be sliced as the parameters are."""
+"""Which optimizers go through a cut: in width those whose state can be sliced as the parameters are."""
 
 import copy
 from collections import defaultdict
@@ -42,7 +42,7 @@ def check_optimizer(optimizer: Optimizer, *, flat: torch.device | None = None) -
     inner = [type(value).__name__ for value in vars(optimizer).values() if isinstance(value, Optimizer)]
     if inner:
         raise _refusal(name, f"it wraps another optimizer, {inner[0]}")
-    _check_attributes(optimizer)
+    check_groups_hold_all(optimizer)
     for group in optimizer.param_groups:
         known = [
             (parameter, optimizer.state[parameter]) for parameter in group["params"] if parameter in optimizer.state
@@ -68,12 +68,19 @@ def _refusal(name: str, reason: str) -> ConfigError:
     )
 
 
-def _check_attributes(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that keeps its parameters in a second place, of which no cut knows, as LBFGS does."""
+def check_groups_hold_all(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that keeps its parameters in a second place, of which no cut knows, as LBFGS does.
+
+    Raises:
+        ConfigError: it names that place.
+    """
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for key, value in vars(optimizer).items():
         if key not in ("param_groups", "state") and any(id(item) in own for item in _items(value)):
-            raise _refusal(type(optimizer).__name__, f"it keeps parameters outside of its groups, in `{key}`")
+            raise ConfigError(
+                f"lightprune cannot take parameters out of {type(optimizer).__name__}, which keeps parameters outside "
+                f"of its groups, in `{key}`: choose another in the module's `optimizer`, such as AdamW or SGD."
+            )
 
 
 def _items(value: Any) -> Iterable[Any]:

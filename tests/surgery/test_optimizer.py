@@ -482,19 +482,26 @@ class History(Optimizer):
     ("make", "reason"),
     [
         (torch.optim.Adafactor, r"its state 'row_var' is a Tensor \[256, 1\] for a parameter \[256, 384\]"),
-        (torch.optim.LBFGS, r"it keeps parameters outside of its groups, in `_params`"),
         (torch.optim.SparseAdam, r"a copy of it cannot step to show its state \(RuntimeError: "),
         (Wrapper, r"it wraps another optimizer, SGD"),
         (InBlocks, r"its state 'absmax' is a Tensor \[384\]"),
         (History, r"its state 'gradients' is a list"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*_params")
 def test_other_optimizers_are_refused_by_name(make: Callable[[Any], Optimizer], reason: str) -> None:
     optimizer = make([nn.Parameter(torch.ones(2, 2))])
     name = type(optimizer).__name__
     with pytest.raises(ConfigError, match=rf"state of {name} through a cut in width, since {reason}.*`optimizer`"):
         check_optimizer(optimizer)
+
+
+@pytest.mark.parametrize("selector", [RandomSelector(drop=1), RandomUnitSelector(channels=16)])
+def test_a_second_list_of_parameters_is_refused_in_depth_and_in_width(
+    selector: RandomSelector | RandomUnitSelector,
+) -> None:
+    module = Plain(optimizer=lambda parameters: torch.optim.LBFGS(parameters))
+    with pytest.raises(ConfigError, match=r"cannot take parameters out of LBFGS, which keeps .* in `_params`"):
+        fit(module, [selector, StructuredCut(at=1)], batches(2), max_steps=2)
 
 
 def test_an_optimizer_of_flat_tensors_is_tried_out_with_one() -> None:
