@@ -52,7 +52,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 1.5,
         },
     ),
-    "ernie4_5": ("ernie4_5", {**_SHAPE, **_ATTENTION, "use_bias": True, "tie_word_embeddings": True}),
     "starcoder2": (
         "starcoder2",
         {**_SHAPE, **_GROUPED, "use_bias": True, "residual_dropout": 0.0, "embedding_dropout": 0.0},
@@ -141,7 +140,7 @@ _NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "hidden_dro
 
 FAMILIES = tuple(_CONFIGS)
 # The beginnings of the names of those whose head is the embedding.
-TIED = ("llama_tied", "ernie4_5", "starcoder2", "smollm3", "gemma2", "gemma3", "opt", "gpt2")
+TIED = ("llama_tied", "starcoder2", "smollm3", "gemma2", "gemma3", "opt", "gpt2")
 
 
 def tiny_lm(

@@ -16,7 +16,6 @@ from tests.logits import logits_of
 
 TIED = (
     "llama_tied",
-    "ernie4_5",
     "starcoder2",
     "smollm3",
     "gemma2",

@@ -179,7 +179,7 @@ def test_accumulated_batches_have_the_gradient_of_each(tmp_path: Path) -> None:
     expected = torch.zeros(32)
     lm = copy.deepcopy(module.lm)
     taken: list[Tensor] = []
-    learn = selector.learn
+    learn = selector.optimizer_step
 
     def look() -> None:
         selector._collect()
@@ -190,7 +190,7 @@ def test_accumulated_batches_have_the_gradient_of_each(tmp_path: Path) -> None:
         taken.append(gradient.clone())
         learn()
 
-    selector.learn = look  # type: ignore[method-assign]
+    selector.optimizer_step = look  # type: ignore[method-assign]
     fit(module, [selector], data, max_steps=1, accumulate_grad_batches=2, default_root_dir=tmp_path)
     shape = anatomy_of(lm).shape
     masks = MaskSet(shape, Shape(**{**vars(shape), "hidden": 20}), torch.device("cpu"))
