@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import lightprune as lp
-from lightprune.anatomy import anatomy_of
+from lightprune.anatomy import UNITS, anatomy_of
 from tests.families import tiny_lm
 from tests.selectors.test_scores import padded_batches
 from tests.training import Batch, Plain, assert_close, assert_equal, batches, fit, weights
@@ -32,6 +32,7 @@ PARTS: dict[str, Callable[[], list[Any]]] = {
     "gates": lambda: [lp.LayerGateSelector(drop=2, steps_per_round=1, l1=0.5)],
     "units, group norms": lambda: [lp.RandomUnitSelector(channels=32), lp.GroupNormPenalty(strength=1.0)],
     "activations": lambda: [lp.ActivationUnitSelector(channels=32, stop=2, multiple_of=1)],
+    "taylor": lambda: [lp.TaylorUnitSelector(channels=32, stop=2, multiple_of=1)],
     "masks": lambda: [lp.HardConcreteSelector(layers=4, channels=32, stop=4)],
     "search": lambda: [lp.GreedyPerplexitySelector(drop=2, stop=2)],
 }
@@ -74,6 +75,7 @@ def test_a_pass_on_the_side_does_not_disturb_checkpointed_layers(parts: str, ree
         assert cut.plan is not None
         ends.append((cut.plan, weights(module)))
     (plan, expected), (other, found) = ends
+    assert {u: plan.kept(u, 0) for u in UNITS} == {u: other.kept(u, 0) for u in UNITS}
     assert plan.kept_layers == other.kept_layers
     assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
