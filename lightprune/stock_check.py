@@ -29,9 +29,7 @@ from lightprune.probe import (
 _EXTRA_STATE = "_extra_state"  # the ending that PyTorch gives to what `get_extra_state` returns
 
 
-def check_stock(
-    lm: PreTrainedModel, *, adapters_expected: bool = False, instead: str = "leave ExportHF out"
-) -> None:
+def check_stock(lm: PreTrainedModel, *, adapters_expected: bool = False, instead: str = "leave ExportHF out") -> None:
     """Refuse a model that no stock class can hold as it is; only warn of adapters, which may still be merged.
 
     Compares the names and shapes of parameters and buffers and, where the weights are whole on this device, the logits
@@ -159,8 +157,8 @@ def _check_logits(lm: PreTrainedModel, stock: PreTrainedModel, instead: str) -> 
         )
     raise ConfigError(
         f"The model cannot be exported: a stock {kind} with its weights computes something else ({differences[0]}), so "
-        f"a `forward` of its own, a hook or a changed attribute would be lost; {instead}, or train what the stock class "
-        "computes."
+        f"a `forward` of its own, a hook or a changed attribute would be lost; {instead}, or train what the stock "
+        "class computes."
     )
 
 

@@ -147,6 +147,25 @@ def test_the_search_whatever_the_model_is_called_with(name: str, kind: type[Plai
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
 
 
+class WideHead(Plain):
+    """Its head is float32, behind a decoder in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_lm("llama").bfloat16())
+        self.lm.lm_head.float()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self.lm.lm_head(self.lm.model(batch["input_ids"])[0].float())
+        return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def test_the_search_where_the_head_has_a_dtype_of_its_own() -> None:
+    module, selector = WideHead(), lp.GreedyPerplexitySelector(drop=2, stop=2)
+    fit(module, [selector], batches(3), max_steps=3, limit_val_batches=0)
+    assert selector.plan is not None
+    assert module.lm.lm_head.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", [EmbedsAlone, EmbedsInDecoder])
 def test_a_search_without_any_labels_is_refused_in_the_first_batch(kind: type[Plain]) -> None:
     module = kind()
