@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lightprune.cli import main
+from lightprune.cli.early import answer
 from lightprune.cli.mistakes import explain
 
 Config = dict[str, Any]
@@ -174,3 +175,10 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str], arguments: list[st
     out = capsys.readouterr().out
     assert out.startswith("lightprune 0." if arguments == ["--version"] else "usage: lightprune COMMAND")
     assert ("--callback.NAME.ARGUMENT" in out) == (arguments != ["--version"])
+
+
+def test_a_config_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the `~` of `--config=~/run.yaml` as it is; the parser does not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config()))
+    assert answer(["fit", "--config=~/run.yaml"]) is None

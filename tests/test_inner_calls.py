@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import lightprune as lp
-from lightprune.anatomy import anatomy_of
+from lightprune.anatomy import UNITS, anatomy_of
 from tests.families import tiny_lm
 from tests.selectors.test_scores import padded_batches
 from tests.training import Batch, Plain, assert_close, assert_equal, batches, fit, weights
@@ -32,6 +32,7 @@ PARTS: dict[str, Callable[[], list[Any]]] = {
     "gates": lambda: [lp.LayerGateSelector(drop=2, steps_per_round=1, l1=0.5)],
     "units, group norms": lambda: [lp.RandomUnitSelector(channels=32), lp.GroupNormPenalty(strength=1.0)],
     "activations": lambda: [lp.ActivationUnitSelector(channels=32, stop=2, multiple_of=1)],
+    "taylor": lambda: [lp.TaylorUnitSelector(channels=32, stop=2, multiple_of=1)],
     "masks": lambda: [lp.HardConcreteSelector(layers=4, channels=32, stop=4)],
     "search": lambda: [lp.GreedyPerplexitySelector(drop=2, stop=2)],
 }
@@ -74,6 +75,7 @@ def test_a_pass_on_the_side_does_not_disturb_checkpointed_layers(parts: str, ree
         assert cut.plan is not None
         ends.append((cut.plan, weights(module)))
     (plan, expected), (other, found) = ends
+    assert {u: plan.kept(u, 0) for u in UNITS} == {u: other.kept(u, 0) for u in UNITS}
     assert plan.kept_layers == other.kept_layers
     assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
@@ -143,6 +145,25 @@ def test_the_search_whatever_the_model_is_called_with(name: str, kind: type[Plai
     assert plans[0].dropped_layers == plans[1].dropped_layers
     for one, other in zip(*(plan.provenance["rounds"] for plan in plans), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+class WideHead(Plain):
+    """Its head is float32, behind a decoder in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_lm("llama").bfloat16())
+        self.lm.lm_head.float()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self.lm.lm_head(self.lm.model(batch["input_ids"])[0].float())
+        return cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def test_the_search_where_the_head_has_a_dtype_of_its_own() -> None:
+    module, selector = WideHead(), lp.GreedyPerplexitySelector(drop=2, stop=2)
+    fit(module, [selector], batches(3), max_steps=3, limit_val_batches=0)
+    assert selector.plan is not None
+    assert module.lm.lm_head.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", [EmbedsAlone, EmbedsInDecoder])

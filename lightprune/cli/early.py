@@ -90,7 +90,7 @@ def _check_config(file: str) -> None:
     if "://" in file or file == "-" or file.lstrip().startswith("{"):
         return
     try:
-        document = yaml.compose(Path(file).read_text(encoding="utf-8"))
+        document = yaml.compose(Path(file).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"The config file {file!r} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

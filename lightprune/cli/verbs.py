@@ -58,7 +58,7 @@ def export(
         found = given or tokenizer_of(trainer, model, datamodule)
         if found is None:
             warn_of_none("tokenizer")
-        check_stock(pipeline.lm)
+        check_stock(pipeline.lm, instead="take the weights from the checkpoint itself")
         return export_hf(pipeline.lm, output, tokenizer=found, plan=plan, card=card, overwrite=overwrite)
 
 

@@ -3,7 +3,6 @@
 Shapes: N tokens that are not padding, T tokens in a sequence, V tokens in the vocabulary.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from lightprune.integrations.dtypes import main_dtype
 
 # The largest difference of a logit, relative to the largest logit, between two models that take the same steps.
 SAME_STEPS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -142,31 +143,6 @@ def _rounds_float32() -> bool:
 def _apart(logits: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected logit; NaN where not all are finite."""
     return ((logits - expected).abs().max() / expected.abs().max()).item()
-
-
-def main_dtype(lm: PreTrainedModel) -> torch.dtype:
-    """The dtype of most of a model's floating-point weights."""
-    counts: Counter[torch.dtype] = Counter()
-    for parameter in lm.parameters():
-        if parameter.is_floating_point():
-            counts[parameter.dtype] += parameter.numel()
-    return counts.most_common(1)[0][0] if counts else lm.dtype
-
-
-@contextmanager
-def in_dtype(lm: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, all floating-point weights have one dtype: without autocast, a stock class runs in no mixture of them.
-
-    The parameters stay the same objects, so that ties hold and an optimizer does not notice.
-    """
-    weights = [(p, p.data) for p in lm.parameters() if p.is_floating_point() and p.dtype != dtype]
-    try:
-        for parameter, data in weights:
-            parameter.data = data.to(dtype)
-        yield
-    finally:
-        for parameter, data in weights:
-            parameter.data = data
 
 
 def not_finite(lm: PreTrainedModel) -> str | None:

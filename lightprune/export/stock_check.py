@@ -12,16 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
-from lightprune.export.probe import (
-    attention_that_runs,
-    in_dtype,
-    logits_apart,
-    main_dtype,
-    not_finite,
-    plain_outputs,
-    probe,
-    probe_logits,
-)
+from lightprune.export.probe import attention_that_runs, logits_apart, not_finite, plain_outputs, probe, probe_logits
+from lightprune.integrations.dtypes import in_dtype, main_dtype
 from lightprune.integrations.zero_params import is_partitioned, whole_shape
 from lightprune.masks.forward_passes import evaluating
 from lightprune.surgery.stock_class import is_tied, parameter_difference, stock_form
@@ -29,7 +21,7 @@ from lightprune.surgery.stock_class import is_tied, parameter_difference, stock_
 _EXTRA_STATE = "_extra_state"  # the ending that PyTorch gives to what `get_extra_state` returns
 
 
-def check_stock(lm: PreTrainedModel, *, adapters_expected: bool = False) -> None:
+def check_stock(lm: PreTrainedModel, *, adapters_expected: bool = False, instead: str = "leave ExportHF out") -> None:
     """Refuse a model that no stock class can hold as it is; only warn of adapters, which may still be merged.
 
     Compares the names and shapes of parameters and buffers and, where the weights are whole on this device, the logits
@@ -40,6 +32,7 @@ def check_stock(lm: PreTrainedModel, *, adapters_expected: bool = False) -> None
     Args:
         lm: the model, without the gates of selectors.
         adapters_expected: whether somebody is known to merge the adapters; then nothing is said of them.
+        instead: what to do without an export, for the errors.
 
     Raises:
         ConfigError: the stock class has other parameters or buffers, or computes something else; or the model computes
@@ -60,13 +53,13 @@ def check_stock(lm: PreTrainedModel, *, adapters_expected: bool = False) -> None
             return
         if difference is not None:
             raise ConfigError(
-                f"The model cannot be exported: {difference}; leave ExportHF out, or train a model that adds nothing "
-                "to its class."
+                f"The model cannot be exported: {difference}; {instead}, or train a model that adds nothing to its "
+                "class."
             )
-        _check_buffers(lm, stock)
+        _check_buffers(lm, stock, instead)
         if not any(is_partitioned(p) or p.is_meta for p in lm.parameters()):
             with evaluating(lm), in_dtype(lm, main_dtype(lm)), _buffers_kept(lm), isolate_rng():
-                _check_logits(lm, stock_with_weights(stock, lm))
+                _check_logits(lm, stock_with_weights(stock, lm), instead)
 
 
 def _stock_of(lm: PreTrainedModel) -> PreTrainedModel | None:
@@ -106,7 +99,7 @@ def stock_with_weights(stock: PreTrainedModel, lm: PreTrainedModel) -> PreTraine
     return stock
 
 
-def _check_buffers(lm: PreTrainedModel, stock: PreTrainedModel) -> None:
+def _check_buffers(lm: PreTrainedModel, stock: PreTrainedModel, instead: str) -> None:
     ours, theirs = _saved_buffers(lm), _saved_buffers(stock)
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if not differing:
@@ -121,7 +114,7 @@ def _check_buffers(lm: PreTrainedModel, stock: PreTrainedModel) -> None:
         what, advice = f"{first}, a buffer that the model lacks,", "train the model as its class builds it"
     raise ConfigError(
         f"The model cannot be exported: {what} is not as in a stock {type(stock).__name__} (entries that differ: "
-        f"{len(differing)}); {advice}, or leave ExportHF out."
+        f"{len(differing)}); {advice}, or {instead}."
     )
 
 
@@ -132,7 +125,7 @@ def _saved_buffers(lm: PreTrainedModel) -> Mapping[str, torch.Size | type]:
     return {name: value.shape if isinstance(value, Tensor) else type(value) for name, value in state.items()}
 
 
-def _check_logits(lm: PreTrainedModel, stock: PreTrainedModel) -> None:
+def _check_logits(lm: PreTrainedModel, stock: PreTrainedModel, instead: str) -> None:
     kind = type(stock).__name__
     try:
         differences = logits_apart(stock, lm)
@@ -142,22 +135,22 @@ def _check_logits(lm: PreTrainedModel, stock: PreTrainedModel) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")
         raise ConfigError(
             f"The model cannot be exported: it fails on plain tokens, where a stock {kind} with its weights does not "
-            f"({reason}); leave ExportHF out, or train what the stock class computes."
+            f"({reason}); {instead}, or train what the stock class computes."
         ) from error
     if not differences:
         return
     broken = not_finite(lm)
     if broken is not None:
-        raise ConfigError(f"The model is broken before training: {broken}; load sound weights.")
+        raise ConfigError(f"The model is broken: {broken}; load sound weights, or an earlier checkpoint.")
     if not probe_logits(lm, probe(lm, padding=0)).isfinite().all():
         raise ConfigError(
-            f"The model's logits are not finite before training, in {lm.dtype}: load sound weights, or train in a "
-            "dtype with a wider range."
+            f"The model's logits are not finite in {lm.dtype}: load sound weights, or train in a dtype with a wider "
+            "range."
         )
     raise ConfigError(
         f"The model cannot be exported: a stock {kind} with its weights computes something else ({differences[0]}), so "
-        "a `forward` of its own, a hook or a changed attribute would be lost; leave ExportHF out, or train what the "
-        "stock class computes."
+        f"a `forward` of its own, a hook or a changed attribute would be lost; {instead}, or train what the stock "
+        "class computes."
     )
 
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightprune.errors import ExportError
 from lightprune.export.convert import Outgoing
-from lightprune.export.probe import attention_that_runs, in_dtype, logits_apart, main_dtype, not_finite
+from lightprune.export.probe import attention_that_runs, logits_apart, not_finite
 from lightprune.hub import loading_problems
+from lightprune.integrations.dtypes import in_dtype, main_dtype
 from lightprune.surgery.stock_class import is_tied
 
 

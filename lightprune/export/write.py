@@ -16,10 +16,11 @@ from lightprune.errors import ConfigError, ExportError
 from lightprune.export.card import Card, model_card
 from lightprune.export.compat import complete_config, complete_tokenizer, requirement
 from lightprune.export.convert import Outgoing, outgoing
-from lightprune.export.probe import in_dtype, main_dtype, plain_outputs
+from lightprune.export.probe import plain_outputs
 from lightprune.export.target import check_target, make_draft, put_in_place, reason_file
 from lightprune.export.verify import verify_export
 from lightprune.hub import Dtype, torch_dtype, without_progress_bars
+from lightprune.integrations.dtypes import in_dtype, main_dtype
 from lightprune.integrations.lightning import check_causal_lm
 from lightprune.masks.forward_passes import evaluating
 from lightprune.plan import PruningPlan

@@ -209,6 +209,7 @@ class Pipeline:
         if self.fitting:
             self.adapter.check()
             self.adapter.expect_skips(any(part.skips_layers for part in self.parts))
+            self.shadow(self.trainer.strategy, self.adapter.makes_optimizers, self._make_optimizers)
         self.shadow(self.module, "configure_model", self._configure_model)
         self.shadow(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
         self._unwrap += self._step_hooks.open()
@@ -221,6 +222,11 @@ class Pipeline:
         original()
         with whole_construction():  # the checks build models of their own
             self.attach()
+
+    def _make_optimizers(self, original: Callable[..., Any], *args: Any) -> Any:
+        made = original(*args)
+        self.adapter.check_made(self.adapter.made(made))
+        return made
 
     def _load_checkpoint(
         self, original: Callable[..., dict[str, Any]], checkpoint_path: str | Path, *args: Any, **kwargs: Any

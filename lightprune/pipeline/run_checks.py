@@ -61,7 +61,8 @@ def check_resume(parts: Sequence[Part], states: Mapping[str, Any]) -> None:
         if part.state_key not in states and others:
             raise ConfigError(
                 f"The checkpoint was saved with {others[0]}, and this run has {part.state_key}: resume with the "
-                f"steps that {name} had in the run that saved it (a share such as 75% counts from trainer.max_steps)."
+                f"steps that {name} had in the run that saved it. A share of the run is another step where "
+                "trainer.max_steps is another: give the step itself."
             )
 
 

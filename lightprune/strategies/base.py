@@ -62,6 +62,13 @@ class StrategyAdapter(ABC):
         """The optimizers that `makes_optimizers` has just made and, perhaps, `returned`."""
         return self.optimizers
 
+    def check_made(self, optimizers: Sequence[Optimizer]) -> None:
+        """Refuse optimizers that the strategy cannot train with; called once the module has made them.
+
+        Raises:
+            ConfigError: they are such.
+        """
+
     def check(self) -> None:
         """Refuse settings of the strategy under which nothing can be pruned; called before the model is wrapped.
 

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-1, 2 and 3: an engine that owns the weights in full precision, and is built anew when they change."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any, cast
@@ -111,6 +111,13 @@ class DeepSpeed(StrategyAdapter):
     def made(self, returned: Any) -> list[Optimizer]:
         optimizer, _ = returned
         return [optimizer]
+
+    def check_made(self, optimizers: Sequence[Optimizer]) -> None:
+        if not any(group["params"] for optimizer in optimizers for group in optimizer.param_groups):
+            raise ConfigError(
+                f"{type(self.module).__name__}.configure_optimizers gives nothing to train, and deepspeed needs an "
+                "optimizer with parameters: return one, or set trainer.strategy to auto or ddp."
+            )
 
     # Steps.
 

@@ -425,7 +425,7 @@ def test_the_verb_exports_a_checkpoint_of_such_a_mixture(buffer: bool, tmp_path:
     fit_plain(module(), [*parts(), saver], batches(2), max_steps=2, enable_checkpointing=True)
     trainer = PruningTrainer(callbacks=parts(), accelerator="cpu", devices=1, logger=False, max_steps=2)
     if buffer:
-        with pytest.raises(ConfigError, match="tokens_seen, a buffer"):
+        with pytest.raises(ConfigError, match=r"tokens_seen, a buffer.*or take the weights from the checkpoint itself"):
             trainer.export(module(), str(tmp_path / "end.ckpt"), str(tmp_path / "out"))
         assert not list(tmp_path.glob("out*"))
     else:

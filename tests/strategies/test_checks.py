@@ -58,6 +58,22 @@ def test_manual_optimization_under_deepspeed() -> None:
         adapter_of(trainer).check()
 
 
+def test_no_optimizer_under_deepspeed() -> None:
+    """It is asked for before deepspeed is, which would fail in a way of its own."""
+
+    class Untrained(Plain):
+        def configure_optimizers(self) -> None:
+            return None
+
+    module, selector = Untrained(small_lm()), lp.RandomSelector(drop=1)
+    trainer = trainer_with(zero(), callbacks=[selector, lp.StructuredCut(at=1)], max_steps=2)
+    trainer.strategy.connect(module)
+    module.trainer = trainer
+    selector.setup(trainer, module, "fit")
+    with pytest.raises(lp.ConfigError, match=r"Untrained\.configure_optimizers gives nothing to train, and deepspeed"):
+        trainer.strategy._init_optimizers()
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_find_unused_parameters_true", *map(zero, (1, 2, 3))])
 def test_what_works_is_not_refused(strategy: Strategy | str) -> None:
     trainer = trainer_with(strategy, accumulate_grad_batches=2)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightprune.errors import ConfigError
+from lightprune.integrations.dtypes import in_dtype, main_dtype
 from lightprune.masks.forward_passes import call_inputs, evaluating
 from lightprune.masks.gates import Bypass, Handle, ReplacedForward, remove_all
 from lightprune.metrics import IGNORE_INDEX, token_losses
@@ -70,11 +71,13 @@ class GreedyPerplexitySelector(LayerSelector):
 
     def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         self.detach()
-        lm: nn.Module = self.pipeline.lm
+        lm = self.pipeline.lm
         layers = self.pipeline.anatomy.layers
         dropped: list[int] = []
         history = []
-        with torch.no_grad(), evaluating(lm), self.pipeline.trainer.precision_plugin.forward_context():
+        forward_context = self.pipeline.trainer.precision_plugin.forward_context()
+        # A module of several dtypes may call decoder and head with a cast between them; the LM itself does not cast.
+        with torch.no_grad(), evaluating(lm), in_dtype(lm, main_dtype(lm)), forward_context:
             for number in tqdm(range(self.drop), desc="Searching layers", leave=False):
                 losses = self._round(lm, layers, dropped)
                 best = min(losses, key=lambda index: (losses[index], index))

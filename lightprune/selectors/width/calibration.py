@@ -59,13 +59,24 @@ class CalibratedUnitSelector(UnitSelector):
 
     def watch(self) -> None:
         decoder = self.pipeline.anatomy.decoder
+        before: list[tuple[bool, Tensor | None]] = []
 
         def begin(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            before[:] = [(self._scored, self._mask.mask)]
             # Asked here and not below: checkpointed layers run without gradients and are still training.
             self._scored = self.pipeline.training
             self._passes += self._scored
 
-        self._handles += [decoder.register_forward_pre_hook(begin), self._mask.watch(decoder)]
+        def end(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            # Checkpointed layers run again in the backward pass: what they find then is of the pass that trains.
+            if before and not self._scored:
+                self._scored, self._mask.mask = before[0]
+
+        self._handles += [
+            decoder.register_forward_pre_hook(begin),
+            self._mask.watch(decoder),
+            decoder.register_forward_hook(end, always_call=True),
+        ]
         for unit in self.counts.units:
             nothing = self.attach(unit)
             self._sums[unit] = self._sums.get(unit, nothing).to(nothing.device)
