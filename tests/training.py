@@ -1,5 +1,6 @@
 """What the tests train: a plain LightningModule, random batches, and trainers that write nothing."""
 
+import tempfile
 from collections import UserList
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ def batches(count: int, batch: int = 2, length: int = 10, seed: int = 100) -> Ba
 
 
 def trainer_for(callbacks: Sequence[Callback], max_steps: int, **kwargs: Any) -> L.Trainer:
-    """A trainer on one CPU that logs, saves and prints nothing."""
+    """A trainer on one CPU that logs, saves and prints nothing, and writes nothing where the tests run."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,
@@ -69,6 +70,7 @@ def trainer_for(callbacks: Sequence[Callback], max_steps: int, **kwargs: Any) ->
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
+        "default_root_dir": tempfile.gettempdir(),
     }
     return L.Trainer(callbacks=list(callbacks), max_steps=max_steps, **(defaults | kwargs))
 
