@@ -8,8 +8,8 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 # What `make` says beforehand. Times of set-up with an empty cache of pip's; of the training measured on two idle cores, with
 # native bfloat16 and without (ONEDNN_MAX_CPU_ISA=AVX512_CORE). Measure them again when configs/quickstart.yaml changes.
 TIME_SETUP    := about 3 minutes, 0.5 GB of downloads
-TIME_BFLOAT16 := about 3 minutes
-TIME_FLOAT32  := about 6 minutes
+TIME_BFLOAT16 := about 4 minutes
+TIME_FLOAT32  := about 5 minutes
 
 # Where the CPU build of torch comes from, used only on a machine without CUDA (no nvidia-smi). Linux's default torch
 # brings gigabytes of CUDA libraries; set this to the index that PyTorch's "Get Started" page names for CPU to avoid them:
