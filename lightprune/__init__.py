@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what `__getattr__` brings, for type checkers and editors
     from lightprune.cut import StructuredCut
     from lightprune.errors import ConfigError, ExportError
     from lightprune.export import ExportHF, export_hf
+    from lightprune.integrations.workers import outlive_preemption
     from lightprune.module import CausalLM
     from lightprune.pipeline import Part, Pipeline, PruningCallback
     from lightprune.plan import PruningPlan
@@ -82,6 +83,7 @@ __all__ = [
     "UnitSelector",
     "anatomy_of",
     "export_hf",
+    "outlive_preemption",
     "register_family",
 ]
 
@@ -97,6 +99,7 @@ _HOMES = {
         "cut": "StructuredCut",
         "errors": "ConfigError ExportError",
         "export": "ExportHF export_hf",
+        "integrations.workers": "outlive_preemption",
         "module": "CausalLM",
         "pipeline": "Part Pipeline PruningCallback",
         "plan": "PruningPlan",

@@ -34,7 +34,7 @@ class PreemptionCheckpoint(Checkpoint):
     Python lets only the main thread handle signals. In a fit outside it, this callback warns, and sees none.
 
     Slurm signals every process of a job, and a data loader whose worker dies ends the run. `TextDataModule` sees to
-    that; other data modules pass `worker_init_fn=outlive_preemption` to their loaders.
+    that; other data modules pass `worker_init_fn=lightprune.outlive_preemption` to their loaders.
 
     Attributes:
         received: the last signal that this rank got; None so far.

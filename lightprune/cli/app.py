@@ -56,6 +56,7 @@ _OTHERS = {
     "UnitSelector",
     "anatomy_of",
     "export_hf",
+    "outlive_preemption",
     "register_family",
 }
 
