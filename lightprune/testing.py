@@ -134,8 +134,13 @@ def _check_plan(anatomy: Anatomy, plan: PruningPlan, batch: Tensor) -> None:
         expected = anatomy.lm(batch, use_cache=False).logits
     lm = copy.deepcopy(anatomy.lm)
     cut_model(Anatomy(family=anatomy.family, lm=lm), plan)
-    with torch.no_grad():
-        found = lm(batch, use_cache=False).logits
+    try:
+        with torch.no_grad():
+            found = lm(batch, use_cache=False).logits
+    except RuntimeError as error:
+        raise AssertionError(
+            f"the cut model does not run for {plan.shape} ({error}): a weight that belongs to these units is not declared"
+        ) from error
     apart = ((found - expected).abs().max() / expected.abs().max()).item()
     assert apart <= TOLERANCE, (
         f"the masked and the cut model differ by {apart:.1e} of the largest logit for {plan.shape}: a weight that "
