@@ -139,7 +139,7 @@ def _check_plan(anatomy: Anatomy, plan: PruningPlan, batch: Tensor) -> None:
             found = lm(batch, use_cache=False).logits
     except RuntimeError as error:
         raise AssertionError(
-            f"the cut model does not run for {plan.shape} ({error}): a weight that belongs to these units is not declared"
+            f"the cut model does not run for {plan.shape} ({error}): a weight of these units is not declared"
         ) from error
     apart = ((found - expected).abs().max() / expected.abs().max()).item()
     assert apart <= TOLERANCE, (

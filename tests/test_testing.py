@@ -49,5 +49,5 @@ def test_a_weight_that_is_forgotten() -> None:
     lm = tiny_lm("qwen2", num_layers=2)
     family = anatomy_of(lm).family
     wrong = replace(family, weights={n: a for n, a in family.weights.items() if n != "input_layernorm"})
-    with pytest.raises(AssertionError, match="the cut model does not run .* is not declared"):
+    with pytest.raises(AssertionError, match=r"the cut model does not run .* is not declared"):
         check_family(wrong, lm.config)
