@@ -139,6 +139,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 _NO_DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "hidden_dropout", "attention_dropout")
 
 FAMILIES = tuple(_CONFIGS)
+# Declared families that `lightprune.testing.check_family` alone is run on: their layouts are those of others here.
+CHECKED_ALONE = ("arcee", "ernie4_5", "hunyuan_v1_dense", "ministral", "seed_oss")
 # The beginnings of the names of those whose head is the embedding.
 TIED = ("llama_tied", "starcoder2", "smollm3", "gemma2", "gemma3", "opt", "gpt2")
 

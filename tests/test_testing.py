@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING
 
 from lightprune.anatomy import CHANNELS, HIDDEN, anatomy_of, families
 from lightprune.testing import check_family
-from tests.families import FAMILIES, tiny_lm
+from tests.families import CHECKED_ALONE, FAMILIES, tiny_lm
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -30,7 +30,7 @@ SHAPE = {
 }
 
 
-@pytest.mark.parametrize("model_type", ["arcee", "ernie4_5", "hunyuan_v1_dense", "ministral", "seed_oss"])
+@pytest.mark.parametrize("model_type", CHECKED_ALONE)
 def test_families_that_pass_this_check_alone(model_type: str) -> None:
     config = CONFIG_MAPPING[model_type](**SHAPE)
     family = next(family for family in families() if model_type in family.model_types)
