@@ -125,11 +125,15 @@ def test_in_a_config(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "lightprune needs a command: one of fit, validate, test, plan, export (see lightprune --help)."),
+        ([], "lightprune needs a command: one of fit, validate, test, plan, export, configs (see lightprune --help)."),
         (["fitt"], "'fitt' is not a command of lightprune (did you mean 'fit'?)"),
         (["fit", "plan"], "lightprune runs one command at a time: give 'fit' or 'plan', not both."),
         (["fit", "--config"], "--config needs the path of a YAML file."),
-        (["fit", "--config", "none.yaml"], "The config file 'none.yaml' cannot be read: No such file or directory."),
+        (
+            ["fit", "--config", "none.yaml"],
+            "The config file 'none.yaml' does not exist, and no config of that name comes with "
+            "lightprune: correct it; `lightprune configs` lists those that do.",
+        ),
         (["fit", "--config=."], "The config file '.' cannot be read: Is a directory."),
         (["fit", "--config", "bad.yaml"], "The config file 'bad.yaml' is not valid YAML at line 3, column 2: "),
         (["fit", "--config", "list.yaml"], "The config file 'list.yaml' does not hold settings by name"),

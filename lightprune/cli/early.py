@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from lightprune import __version__
+from lightprune.cli import shipped
 from lightprune.errors import ConfigError
 
 VERBS = {
@@ -24,9 +25,11 @@ Make a Hugging Face causal language model smaller while it trains.
 
 commands:
 {chr(10).join(f"  {verb:<32}{does}" for verb, does in VERBS.items())}
+  configs                         list, print or copy the configs that come with lightprune
 
 options:
-  --config FILE                   a YAML file of settings; later files override earlier ones
+  --config FILE                   a YAML file of settings, or the name of one that comes with lightprune, such as
+                                  methods/trsp.yaml; later files override earlier ones
   --KEY VALUE                     set one of them, such as --trainer.max_steps 100
   --callback.NAME.ARGUMENT VALUE  set an argument of one callback, such as --callback.StructuredCut.at 64
   --print_config                  print the settings that result, and stop
@@ -48,6 +51,8 @@ def answer(arguments: Sequence[str]) -> str | None:
         return HELP
     if first == "--version":
         return f"lightprune {__version__}\n"
+    if first == "configs":
+        return shipped.answer(arguments[1:])
     if not first.startswith("-"):
         _check_verbs(arguments)
     for file in config_files(arguments):
@@ -73,11 +78,11 @@ def suggestion(name: str, known: Sequence[str]) -> str:
 
 
 def _check_verbs(arguments: Sequence[str]) -> None:
-    names = ", ".join(VERBS)
+    names = ", ".join((*VERBS, "configs"))
     if not arguments:
         raise ConfigError(f"lightprune needs a command: one of {names} (see lightprune --help).")
     if arguments[0] not in VERBS:
-        near = suggestion(arguments[0], tuple(VERBS))
+        near = suggestion(arguments[0], (*VERBS, "configs"))
         raise ConfigError(f"{arguments[0]!r} is not a command of lightprune{near}: it must be one of {names}.")
     if len(arguments) > 1 and arguments[1] in VERBS:
         raise ConfigError(
@@ -91,6 +96,11 @@ def _check_config(file: str) -> None:
         return
     try:
         document = yaml.compose(Path(file).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"The config file {file!r} does not exist, and no config of that name comes with lightprune"
+            f"{shipped.near(file)}: correct it; `lightprune configs` lists those that do."
+        ) from error
     except OSError as error:
         raise ConfigError(f"The config file {file!r} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

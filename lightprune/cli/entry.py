@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lightprune.cli import early
+from lightprune.cli import early, shipped
 from lightprune.cli.collection import no_collection
 from lightprune.errors import ConfigError, ExportError
 
@@ -19,7 +19,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    arguments = sys.argv[1:] if args is None else list(args)
+    arguments = shipped.resolve(sys.argv[1:] if args is None else args)
     try:
         answer = early.answer(arguments)
         if answer is None:
