@@ -205,14 +205,19 @@ def test_without_the_signals_that_windows_lacks(tmp_path: Path) -> None:
 
 
 RANK = """
-import os, signal, sys
+import os, signal, sys, time
 from tests.test_preemption import Signal
 from tests.training import Plain, batches, trainer_for
 import lightprune as lp
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightprune.callbacks import preemption
 
+preemption.POLL_SECONDS = float(sys.argv[2])
+class Slow(Callback):
+    def on_train_batch_end(self, *args):
+        time.sleep(0.02 * (1 + rank))
 rank = int(os.environ["LOCAL_RANK"])
-callbacks = [ModelCheckpoint(sys.argv[1], save_last=True, save_top_k=0), lp.PreemptionCheckpoint()]
+callbacks = [ModelCheckpoint(sys.argv[1], save_last=True, save_top_k=0), lp.PreemptionCheckpoint(), Slow()]
 if rank == 1:
     callbacks.append(Signal("on_after_backward", 2, signal.SIGTERM))
 trainer = trainer_for(callbacks, max_steps=50, enable_checkpointing=True, strategy="ddp", devices=2)
@@ -220,7 +225,11 @@ trainer.fit(Plain(), batches(200))
 """
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, (3, 3)), (0.4, (4, 40))])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(
+    tmp_path: Path, seconds: float, steps: tuple[int, int]
+) -> None:
+    """At once where the ranks ask each other after every step, else when they ask the next time."""
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -230,7 +239,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path)], env={**environment, "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path), str(seconds)], env={**environment, "LOCAL_RANK": str(rank)}
+        )
         for rank in range(2)
     ]
     try:
@@ -238,7 +249,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
     finally:
         for rank in ranks:
             rank.kill()
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    stopped = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
+    assert steps[0] <= stopped <= steps[1]
 
 
 def test_validation_after_the_fit_of_the_same_trainer(tmp_path: Path) -> None:

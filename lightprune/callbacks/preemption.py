@@ -7,11 +7,13 @@ rank at another one. So the handler only notes it. Lightning's own save, requeue
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, ClassVar
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -19,6 +21,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lightprune.errors import ConfigError
 from lightprune.integrations.atomic_save import save_atomically
+from lightprune.integrations.ranks import largest_of_ranks
+
+POLL_SECONDS = 5.0
+"""How long several ranks train, about, before they ask each other for signals again: a message each step costs more."""
 
 _TRY_AGAIN = 75  # EX_TEMPFAIL, by number since Windows has no name for it
 
@@ -27,9 +33,11 @@ class PreemptionCheckpoint(Checkpoint):
     """Saves `last.ckpt` and ends the process with status 75 once any rank has got SIGUSR1 or SIGTERM.
 
     That happens at the end of the optimizer step that is under way: gradients that are being accumulated, a validation
-    and the cut are finished first. A fit with `ckpt_path="last"` goes on from there as if nothing had happened. A
-    signal in what follows the last step (the last validation, the export) changes nothing: the run is about to end.
-    And a process that is killed without a signal, in the middle of a save, leaves the checkpoint before it whole.
+    and the cut are finished first. Several ranks ask each other about every five seconds, after as many steps as take
+    that long, and after each step if it takes longer. A fit with `ckpt_path="last"` goes on from there as if nothing
+    had happened. A signal in what follows the last step (the last validation, the export) changes nothing: the run is
+    about to end. And a process that is killed without a signal, in the middle of a save, leaves the checkpoint before
+    it whole.
 
     Python lets only the main thread handle signals. In a fit outside it, this callback warns, and sees none.
 
@@ -50,6 +58,8 @@ class PreemptionCheckpoint(Checkpoint):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._step = 0
+        self._poll_at = 0  # the step after which the ranks ask each other next
+        self._polled = (0, 0.0)  # the last step at which they did, and the time
         self._unwrap: Callable[[], object] = lambda: None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -62,7 +72,8 @@ class PreemptionCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.received = None
-        self._step = trainer.global_step
+        self._step = self._poll_at = trainer.global_step
+        self._polled = trainer.global_step, time.monotonic()
         if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
             rank_zero_warn(
                 "PreemptionCheckpoint cannot see signals, because this fit runs outside the main thread: a run that is "
@@ -84,9 +95,23 @@ class PreemptionCheckpoint(Checkpoint):
         if trainer.global_step == self._step:  # gradients are being accumulated, which no checkpoint holds
             return
         self._step = trainer.global_step
-        if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
+        if self._stops(trainer):
             self._save(trainer)
             raise SystemExit(_TRY_AGAIN)
+
+    def _stops(self, trainer: L.Trainer) -> bool:
+        """Whether any rank has got a signal. All ranks find the same, at the same step."""
+        if trainer.world_size == 1:
+            return self.received is not None
+        if self._step < self._poll_at:
+            return False
+        (step, then), now = self._polled, time.monotonic()
+        pace = (now - then) / max(self._step - step, 1)
+        mine = torch.tensor([self.received is not None, pace], dtype=torch.float32)
+        received, slowest = largest_of_ranks(mine.to(trainer.strategy.root_device)).tolist()
+        self._poll_at = self._step + max(int(POLL_SECONDS / max(slowest, 1e-3)), 1)
+        self._polled = self._step, now
+        return bool(received)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._unwrap()

@@ -20,11 +20,11 @@ def norm_over(norm: nn.Module, values: Tensor, kept: Tensor) -> Tensor:
     Args:
         norm: an RMS norm or an `nn.LayerNorm` over n dimensions.
         values: its input [..., n].
-        kept: 1 where a dimension is kept and 0 elsewhere, at least float32 [n]; at least one is kept.
+        kept: 1 where a dimension is kept and 0 elsewhere, at least float32 [n]; where none is, the norm gives 0.
     """
     wide = torch.promote_types(values.dtype, kept.dtype)
     kept = kept.to(wide)
-    count = kept.sum()
+    count = kept.sum().clamp(min=1)
     factor = (len(kept) / count).sqrt()
     prepared = values.to(wide)
     if isinstance(norm, nn.LayerNorm):

@@ -85,15 +85,22 @@ class UnitValues:
         if values.layers is not None:
             self._handles += [Bypass(layer, i, self._is_closed(i)) for i, layer in enumerate(anatomy.layers)]
 
-    def set(self, values: Values) -> None:
-        """Let the units count for as much from now on."""
+    def set(self, values: Values, *, known: bool = True) -> None:
+        """Let the units count for as much from now on.
+
+        Args:
+            values: what they count for.
+            known: whether the host reads them, once, to leave closed layers out and norms alone that keep everything.
+                Else it waits for nothing: all layers run, and every norm over masked units runs over those that are
+                open, however many these are. The model computes the same.
+        """
         self.values = values
         with torch.no_grad():
-            layers = [] if values.layers is None else values.layers.tolist()
+            layers = values.layers.tolist() if known and values.layers is not None else []
             self._closed = frozenset(index for index, value in enumerate(layers) if value == 0)
             self._kept = {}
             for axes in (HIDDEN, HEADS, KV_GROUPS):
-                self._note_kept(axes)
+                self._note_kept(axes, known)
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -150,8 +157,8 @@ class UnitValues:
     def _is_closed(self, layer: int) -> Callable[[], bool]:
         return lambda: layer in self._closed
 
-    def _note_kept(self, axis: Axis) -> None:
-        """Note for the norms over an axis which dimensions stay, wherever some do not. Waits for the device."""
+    def _note_kept(self, axis: Axis, known: bool) -> None:
+        """Note for the norms over an axis which dimensions stay; where the host reads it, only if some do not."""
         values = self.values.hidden if axis == HIDDEN else self.values.heads
         places = [layer for normed, layer in self._normed if normed == axis]
         if values is None or not places:
@@ -160,7 +167,7 @@ class UnitValues:
         if axis == KV_GROUPS:
             is_open = torch.unflatten(is_open, -1, (-1, self._heads_per_group)).any(-1)
         # Where nothing is open, nothing comes of it, whatever the norm gives.
-        narrowed = (is_open.any(-1) & ~is_open.all(-1)).tolist()
+        narrowed = (is_open.any(-1) & ~is_open.all(-1)).tolist() if known else [True] * len(is_open)
         rows = 1 if axis == HIDDEN else self._head_dim
         kept = is_open.to(values.dtype).repeat_interleave(rows, dim=-1)
         for layer in places:

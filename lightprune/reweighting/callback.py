@@ -20,6 +20,7 @@ from lightprune.integrations.lightning import (
     run_validation,
     validation_due,
 )
+from lightprune.integrations.ranks import sum_over_ranks
 from lightprune.integrations.zero_params import parameter_count
 from lightprune.metrics import DomainLoss
 from lightprune.pipeline import FinishingCallback, Pipeline
@@ -146,9 +147,7 @@ class DomainReweighting(FinishingCallback):
         )
         self._reference = self._new_reference()
         device = trainer.strategy.root_device
-        self._training = TrainingLosses(
-            len(self._domains), device, lambda sums: trainer.strategy.reduce(sums, reduce_op="sum")
-        )
+        self._training = TrainingLosses(len(self._domains), device, sum_over_ranks)
         self._validation = DomainLoss(self._domains).to(device)
         _, self._lm = find_causal_lm(pl_module)
         self._watched = {"validation": SampleLosses(self._lm, lambda: trainer.validating)}

@@ -127,9 +127,10 @@ def _logits_of(output: Any) -> Any:
 
 
 class TrainingLosses:
-    """The training tokens and losses of each domain, the same on all ranks after every optimizer step.
+    """The training tokens and losses of each domain, the same on all ranks.
 
-    It stays on the device: nothing here waits for a GPU before an update reads it.
+    It stays on the device and on its rank: nothing here waits for a GPU, or another rank, before an update reads it.
+    Whoever reads it brings the ranks together, so all of them must.
 
     Args:
         domains: how many there are, D.
@@ -143,6 +144,7 @@ class TrainingLosses:
         self._domains = domains
         # This rank's, since the last optimizer step; the last column is of samples that are of none of the domains.
         self._step = torch.zeros(3, domains + 1, dtype=dtype, device=device)
+        self._steps: list[Tensor] = []  # the same of earlier steps, which the ranks have not shared yet
         self._strays = torch.zeros((), dtype=dtype, device=device)  # all ranks' tokens of such samples
         self._since = torch.zeros(2, domains, dtype=dtype, device=device)  # all ranks', since the last update
         self._tokens = torch.zeros(domains, dtype=torch.int64, device=device)
@@ -155,13 +157,23 @@ class TrainingLosses:
             self._add(row, batch, values)
 
     def step(self) -> None:
-        """An optimizer step is done: bring the ranks together, and the running means up to date.
+        """An optimizer step is done. The ranks share it with those before, when somebody asks."""
+        self._steps.append(self._step)
+        self._step = torch.zeros_like(self._step)
+
+    def share(self) -> None:
+        """Bring the ranks together, in one reduction for all steps since the last time; every rank must ask."""
+        if self._steps:
+            for of_step in self._all_reduce(torch.stack(self._steps)):
+                self._count(of_step)
+            self._steps = []
+
+    def _count(self, reduced: Tensor) -> None:
+        """Count in what all ranks saw in a step, [3, D + 1].
 
         mean ← 0.9 mean + 0.1 loss, for the domains that the step's batches held; the first loss is the first mean. A
         loss that is not finite is passed over.
         """
-        reduced = self._all_reduce(self._step)
-        self._step = torch.zeros_like(self._step)
         self._strays += reduced[0, -1]
         tokens, sums, counts = reduced[:, :-1]
         self._tokens += tokens.long()
@@ -171,11 +183,12 @@ class TrainingLosses:
         self._since += torch.where(known, torch.stack([sums, counts]), 0)
 
     def check(self) -> None:
-        """Refuse a run in which a sample's domain was none of those that there are; waits for the device.
+        """Refuse a run in which a sample's domain was none of those that there are; waits for the device and the ranks.
 
         Raises:
             ConfigError: there was one, in a batch of any rank.
         """
+        self.share()
         if self._strays > 0:
             raise ConfigError(
                 f"DomainReweighting got a batch whose `domain` holds an index that is not from 0 to {self._domains - 1}"
@@ -189,19 +202,23 @@ class TrainingLosses:
     @property
     def tokens(self) -> Tensor:
         """[D] int64, trained since the run began."""
+        self.share()
         return self._tokens
 
     @property
     def running_mean(self) -> Tensor:
         """[D] in nats per token; NaN for a domain that has not been seen."""
+        self.share()
         return self._mean
 
     @property
     def since_last_update(self) -> Tensor:
         """[D] the mean per token since the last update; NaN for a domain that has not been seen since."""
+        self.share()
         return self._since[0] / self._since[1]
 
     def state_dict(self) -> dict[str, Any]:
+        self.share()
         return {
             "tokens": self._tokens.tolist(),
             "mean": self._mean.tolist(),

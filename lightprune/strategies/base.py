@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lightprune.anatomy import Anatomy
+from lightprune.integrations.ranks import sum_over_ranks
 from lightprune.plan import PruningPlan
+from lightprune.strategies.part_optimizers import all_finite, average_gradients, gradients_of, step_where
 from lightprune.surgery import Rows, cut_model, remove_parameters, replace_parameter
 
 Checkpoint = dict[str, Any]
@@ -126,17 +128,17 @@ class StrategyAdapter(ABC):
             optimizer: of parameters that all ranks hold in the same state.
             held: whether the weights stand still, so that nobody else steps the loss scale.
         """
-        if average_gradients(optimizer, self.mean):
-            self._step(optimizer, held=held)
+        present = average_gradients(optimizer, self.mean)
+        self._step(optimizer, present, held=held)
         optimizer.zero_grad()
 
-    def _step(self, optimizer: Optimizer, *, held: bool) -> None:
+    def _step(self, optimizer: Optimizer, present: Tensor | None, *, held: bool) -> None:
+        """Step, if the bool `present` [] holds: whether there are gradients. Waits only where a loss scale does."""
         if self.scaler is None:
-            if all_finite(gradients_of(optimizer)):
-                optimizer.step()
-            return
-        self.scaler.step(optimizer)
-        self._scale_is_ours = held
+            step_where(optimizer, all_finite(gradients_of(optimizer), present))
+        elif present is None or present:
+            self.scaler.step(optimizer)
+            self._scale_is_ours = held
 
     def adjust_scale(self) -> None:
         """Adjust the loss scale, once all parts have stepped while the weights stand still."""
@@ -209,12 +211,13 @@ class StrategyAdapter(ABC):
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over all ranks; every rank must ask."""
-        reduced: Tensor = self.strategy.reduce(tensor.to(self.strategy.root_device, copy=True), reduce_op="mean")
-        return reduced.to(tensor.device)
+        return self.sum(tensor) / self.trainer.world_size
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks; every rank must ask."""
-        return self.mean(tensor) * self.trainer.world_size
+        if self.trainer.world_size == 1:
+            return tensor.clone()
+        return sum_over_ranks(tensor.to(self.strategy.root_device)).to(tensor.device)
 
     def broadcast(self, value: Any) -> Any:
         """What rank 0 has, on every rank."""
@@ -232,32 +235,3 @@ class StrategyAdapter(ABC):
 def schedulers_of(trainer: L.Trainer, optimizer: Optimizer) -> list[Any]:
     """The schedulers that drive an optimizer."""
     return [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]
-
-
-def gradients_of(optimizer: Optimizer) -> list[Tensor]:
-    """The gradients that an optimizer's parameters have now."""
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether none of these gradients has overflowed; waits for the device once."""
-    return not gradients or bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
-
-
-def average_gradients(optimizer: Optimizer, mean: Callable[[Tensor], Tensor]) -> bool:
-    """Replace the gradients of an optimizer's parameters by their means over all ranks, in one reduction.
-
-    A rank that has none counts as zeros. Returns whether any rank has one.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    present = any(parameter.grad is not None for parameter in parameters)
-    pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([piece.float().flatten() for piece in pieces] + [pieces[0].new_tensor([present]).float()])
-    flat = mean(flat)
-    if not flat[-1]:
-        return False
-    offset = 0
-    for parameter, piece in zip(parameters, pieces, strict=True):
-        parameter.grad = flat[offset : offset + piece.numel()].view_as(piece).to(piece.dtype)
-        offset += piece.numel()
-    return True

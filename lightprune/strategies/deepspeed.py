@@ -19,16 +19,9 @@ from lightprune.errors import ConfigError
 from lightprune.integrations.lightning import shadow_method
 from lightprune.integrations.zero_params import gathered, gathered_for_update, is_partitioned, twin, whole_shape
 from lightprune.strategies import zero
-from lightprune.strategies.base import (
-    Checkpoint,
-    Replaced,
-    Restructure,
-    StrategyAdapter,
-    all_finite,
-    gradients_of,
-    schedulers_of,
-)
+from lightprune.strategies.base import Checkpoint, Replaced, Restructure, StrategyAdapter, schedulers_of
 from lightprune.strategies.exact import ExactDeepSpeedStrategy
+from lightprune.strategies.part_optimizers import all_finite, gradients_of, step_where
 from lightprune.strategies.zero_checkpoint import is_sharded, model_states, safe_loading
 from lightprune.surgery import drop_empty_groups
 
@@ -154,14 +147,13 @@ class DeepSpeed(StrategyAdapter):
     def skip_step(self, optimizer: Optimizer) -> None:
         super().skip_step(self.optimizers[0])
 
-    def _step(self, optimizer: Optimizer, *, held: bool) -> None:
+    def _step(self, optimizer: Optimizer, present: Tensor | None, *, held: bool) -> None:
         if held or self.scaler is None:
-            super()._step(optimizer, held=held)
+            super()._step(optimizer, present, held=held)
             return
         gradients = gradients_of(optimizer)
-        if all_finite(gradients):
-            torch._foreach_div_(gradients, float(self._zero.loss_scale))
-            optimizer.step()
+        torch._foreach_div_(gradients, float(self._zero.loss_scale))
+        step_where(optimizer, all_finite(gradients, present))
 
     # The model changes.
 

@@ -8,7 +8,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightprune.strategies.base import Checkpoint, Replaced, Restructure, StrategyAdapter, gradients_of
+from lightprune.strategies.base import Checkpoint, Replaced, Restructure, StrategyAdapter
+from lightprune.strategies.part_optimizers import gradients_of
 from lightprune.strategies.zero_checkpoint import is_sharded, whole_checkpoint
 
 
@@ -29,7 +30,7 @@ class SingleDevice(StrategyAdapter):
 
     def optimizer_step(self, optimizer: Optimizer, *, held: bool) -> None:
         if gradients_of(optimizer):
-            self._step(optimizer, held=held)
+            self._step(optimizer, None, held=held)
         optimizer.zero_grad()
 
     def mean(self, tensor: Tensor) -> Tensor:

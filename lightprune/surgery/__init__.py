@@ -4,7 +4,7 @@ from lightprune.surgery.expected import expected_parameters
 from lightprune.surgery.model import Rows, cut_model, kept_rows, sliced
 from lightprune.surgery.optimizer import drop_empty_groups, remove_parameters, replace_parameter
 from lightprune.surgery.optimizer_check import check_groups_hold_all, check_optimizer
-from lightprune.surgery.shapes import resulting_parameters, resulting_shapes
+from lightprune.surgery.shapes import parameters_in_shape, resulting_parameters, resulting_shapes
 
 __all__ = [
     "Rows",
@@ -14,6 +14,7 @@ __all__ = [
     "drop_empty_groups",
     "expected_parameters",
     "kept_rows",
+    "parameters_in_shape",
     "remove_parameters",
     "replace_parameter",
     "resulting_parameters",

@@ -4,7 +4,7 @@ from math import prod
 
 import torch
 
-from lightprune.anatomy import Anatomy
+from lightprune.anatomy import Anatomy, Shape
 from lightprune.anatomy.axes import length
 from lightprune.integrations.zero_params import whole_shape
 from lightprune.plan import PruningPlan
@@ -35,3 +35,24 @@ def resulting_shapes(anatomy: Anatomy, plan: PruningPlan) -> dict[str, torch.Siz
 def resulting_parameters(anatomy: Anatomy, plan: PruningPlan) -> int:
     """How many parameters the cut model has; tied ones count once."""
     return sum(prod(shape) for shape in resulting_shapes(anatomy, plan).values())
+
+
+def parameters_in_shape(anatomy: Anatomy, shape: Shape) -> int:
+    """How many parameters a model of this shape has at most, whichever units it keeps; tied ones count once.
+
+    What `resulting_parameters` says of `PruningPlan.arriving_at`, from the axes' lengths alone.
+    """
+    axes = {weight.path: weight.axes for weight in anatomy.weights()}
+    outside, layers = 0, [[0, 0] for _ in range(anatomy.num_layers)]  # of each layer, its parameters before and after
+    for name, parameter in anatomy.lm.named_parameters():
+        sizes = whole_shape(parameter)
+        of_axes = axes.get(name, (None,) * len(sizes))
+        after = prod(size if axis is None else length(axis, shape) for axis, size in zip(of_axes, sizes, strict=True))
+        place = anatomy.layer_of(name)
+        if place is None:
+            outside += after
+        else:
+            layers[place[0]][0] += sizes.numel()
+            layers[place[0]][1] += after
+    largest = sorted(layers, key=lambda counts: -counts[0])[: shape.layers]
+    return outside + sum(after for _, after in largest)

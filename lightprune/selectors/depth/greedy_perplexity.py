@@ -67,7 +67,7 @@ class GreedyPerplexitySelector(LayerSelector):
                 "without `labels`: call the causal LM with `labels`, or use another selector."
             )
         if self.open:
-            self._batches.append({name: tensor.cpu().clone() for name, tensor in inputs.items()})
+            self._batches.append({name: tensor.clone() for name, tensor in inputs.items()})
 
     def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
         self.detach()
@@ -133,16 +133,9 @@ class GreedyPerplexitySelector(LayerSelector):
 
     def scores_state(self) -> dict[str, Any]:
         # Each rank's in turn, as they came: each takes back its own. The search sums over all ranks.
-        return {
-            "batches": [
-                batch
-                for of_ranks in zip_longest(
-                    *self.pipeline.adapter.gather(self._batches)
-                )  # a rank may have skipped some
-                for batch in of_ranks
-                if batch is not None
-            ]
-        }
+        mine = [{name: tensor.cpu() for name, tensor in batch.items()} for batch in self._batches]
+        in_turn = zip_longest(*self.pipeline.adapter.gather(mine))  # a rank may have skipped some
+        return {"batches": [batch for of_ranks in in_turn for batch in of_ranks if batch is not None]}
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:
         trainer = self.pipeline.trainer

@@ -11,6 +11,7 @@ from lightprune.masks.gates import Bypass, Placement, attach_gate, remove_all
 from lightprune.pipeline import Status
 from lightprune.pipeline.steps import Steps
 from lightprune.selectors.base import LayerSelector, lowest
+from lightprune.strategies import adam_on
 
 STEPS_PER_ROUND = 20
 
@@ -231,7 +232,7 @@ class LayerGateSelector(LayerSelector):
     def _start_gates(self) -> None:
         device = self.pipeline.lm.device
         self._gates = torch.ones(self.pipeline.anatomy.num_layers, device=device, requires_grad=True)
-        self._adam = torch.optim.Adam([self._gates], lr=self.lr)
+        self._adam = adam_on(device, [self._gates], lr=self.lr)
         if self._saved is not None:
             self._gates.data.copy_(self._saved["gates"])
             self._adam.load_state_dict(self._saved["adam"])

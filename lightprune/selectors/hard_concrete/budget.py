@@ -7,7 +7,7 @@ from dataclasses import astuple, replace
 from lightprune.anatomy import Anatomy, Shape, Structure
 from lightprune.errors import ConfigError
 from lightprune.plan import PruningPlan
-from lightprune.surgery import resulting_parameters
+from lightprune.surgery import parameters_in_shape
 from lightprune.surgery.stock_class import check_expressible
 
 
@@ -30,13 +30,13 @@ def shape_within(
         The shape; None if even the smallest one is too large, or the model's class cannot have any of them.
     """
     shapes = _descending(anatomy, source, structures, multiple_of)
-    first = bisect_left(shapes, -parameters, key=lambda shape: -parameters_of(anatomy, shape))
+    first = bisect_left(shapes, -parameters, key=lambda shape: -parameters_in_shape(anatomy, shape))
     return next((shape for shape in shapes[first:] if _is_expressible(anatomy, shape)), None)
 
 
 def smallest(anatomy: Anatomy, source: Shape, structures: Collection[Structure], multiple_of: int) -> int:
     """The parameters of the smallest shape that `shape_within` considers."""
-    return parameters_of(anatomy, _descending(anatomy, source, structures, multiple_of)[-1])
+    return parameters_in_shape(anatomy, _descending(anatomy, source, structures, multiple_of)[-1])
 
 
 def _descending(anatomy: Anatomy, source: Shape, structures: Collection[Structure], multiple_of: int) -> list[Shape]:
@@ -91,8 +91,12 @@ def _fitted(anatomy: Anatomy, shape: Shape, hidden_may_change: bool) -> Shape | 
 
     if fits(shape):
         return shape
-    others = [replace(shape, hidden=d) for d in range(1, anatomy.shape.hidden + 1)] if hidden_may_change else []
-    return min(filter(fits, others), key=shape.distance, default=None)
+    if not hidden_may_change:
+        return None
+    most = anatomy.shape.hidden
+    outward = (shape.hidden + sign * away for away in range(1, most) for sign in (-1, 1))
+    others = (replace(shape, hidden=hidden) for hidden in outward if 1 <= hidden <= most)
+    return next(filter(fits, others), None)
 
 
 def _within(shape: Shape, other: Shape) -> bool:
@@ -105,11 +109,6 @@ def _multiples(source: Shape, structure: Structure, multiple_of: int) -> range:
         return range(1, source.kv_groups + 1)
     multiple = multiple_of if structure in ("channels", "hidden") else 1
     return range(multiple, multiple + 1)
-
-
-def parameters_of(anatomy: Anatomy, shape: Shape) -> int:
-    """How many parameters a model of this shape has at most, whichever units it keeps."""
-    return resulting_parameters(anatomy, PruningPlan.arriving_at(anatomy, shape))
 
 
 def _is_expressible(anatomy: Anatomy, shape: Shape) -> bool:

@@ -85,10 +85,9 @@ class MaskSet:
         return {s: progress * (1 - self.keep[s] / logits.shape[-1]) for s, logits in self.logits.items()}
 
     @torch.no_grad()
-    def sparsities(self) -> dict[Structure, float]:
-        """The share of each structure's masks that is expected to be closed."""
-        means = torch.stack([_sparsity(logits).mean() for logits in self.logits.values()]).tolist()
-        return dict(zip(self.logits, means, strict=True))
+    def sparsities(self) -> Tensor:
+        """The share of each structure's masks that is expected to be closed, [S], in the order of `logits`."""
+        return torch.stack([_sparsity(logits).mean() for logits in self.logits.values()])
 
     @torch.no_grad()
     def probabilities(self) -> dict[Structure, Tensor]:

@@ -20,12 +20,17 @@ from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.selectors.base import Selector
 from lightprune.selectors.counts import Counts, Keep, serving_advice
-from lightprune.selectors.hard_concrete.budget import parameters_of, shape_within, smallest
+from lightprune.selectors.hard_concrete.budget import shape_within, smallest
 from lightprune.selectors.hard_concrete.mask_set import MaskSet
-from lightprune.surgery import expected_parameters
+from lightprune.strategies import adam_on
+from lightprune.surgery import expected_parameters, parameters_in_shape
 
 BETAS = (0.9, 0.95)  # of Sheared LLaMA and DRPruning
 MOST_POINTS = 512  # of the history that is plotted
+
+
+# Of each structure, the expected share of closed masks, and the one that is asked for.
+Sparsities = dict[str, tuple[float, float]]
 
 
 class _Draw(NamedTuple):
@@ -98,10 +103,11 @@ class HardConcreteSelector(Selector):
         self.multiplier_lr = multiplier_lr
         self.warmup = warmup
         self.seed = seed
-        self._history: list[tuple[int, dict[str, tuple[float, float]]]] = []
-        self._sparsity = 0.0
+        self._history: list[tuple[int, Sparsities]] = []
+        self._seen: list[tuple[int, Tensor]] = []  # points of the history that nobody has read off the device yet
         self._target_sparsity = 0.0
         self._noted: int | None = None
+        self._shapes: dict[Shape, Shape] = {}  # what a budget comes to, by what it shrinks
         self._drawn_to: Path | None = None
         self._saved: Mapping[str, Any] | None = None
         self._forget()
@@ -131,7 +137,11 @@ class HardConcreteSelector(Selector):
     @property
     def sparsity(self) -> float:
         """The share of the model's parameters that the masks are expected to remove now."""
-        return self.target_sparsity if self.plan is not None else self._sparsity
+        if self.plan is not None:
+            return self.target_sparsity
+        if self._masks is None:
+            return 0.0
+        return 1 - self._expected() / self.pipeline.anatomy.num_parameters
 
     @property
     def target_sparsity(self) -> float:
@@ -160,7 +170,7 @@ class HardConcreteSelector(Selector):
         target = self.target(source)
         for advice in serving_advice(source, target):
             rank_zero_warn(f"HardConcreteSelector: {advice}")
-        self._target_sparsity = 1 - parameters_of(anatomy, target) / parameters_of(anatomy, source)
+        self._target_sparsity = 1 - parameters_in_shape(anatomy, target) / parameters_in_shape(anatomy, source)
 
     def target(self, source: Shape) -> Shape:
         if self.parameters is None:
@@ -176,7 +186,9 @@ class HardConcreteSelector(Selector):
                 )
             shape = self.counts.of(source)
         else:
-            shape = self._within_budget(source)
+            if source not in self._shapes:
+                self._shapes[source] = self._within_budget(source)
+            shape = self._shapes[source]
         if shape == source:
             raise ConfigError("HardConcreteSelector removes nothing: lower one of its counts, or `parameters`.")
         return shape
@@ -227,7 +239,7 @@ class HardConcreteSelector(Selector):
             warmup=self.warmup,
             parameters=self.parameters,
             seed=self.seed,
-            sparsity={structure: rounded(torch.tensor(share)) for structure, share in masks.sparsities().items()},
+            sparsity={s: rounded(share) for s, share in zip(masks.logits, masks.sparsities().cpu(), strict=True)},
             logits={structure: rounded(values.detach()) for structure, values in masks.logits.items()},
         )
 
@@ -241,6 +253,7 @@ class HardConcreteSelector(Selector):
 
     def finish(self) -> None:
         self.detach()
+        self._read_history()
         trainer = self.pipeline.trainer
         if self._history and self._drawn_to is None and trainer.is_global_zero and self.pipeline.fitting:
             others = [part for part in self.pipeline.selectors if isinstance(part, HardConcreteSelector)]
@@ -259,6 +272,7 @@ class HardConcreteSelector(Selector):
     def scores_state(self) -> dict[str, Any]:
         if self._saved is not None:  # loaded, and not yet attached
             return dict(self._saved)
+        self._read_history()
         learned: dict[str, Any] = {}
         if self._masks is not None and self._adam is not None and not self.cycle.done:
             learned = {"masks": self._masks.state_dict(), "adam": self._adam.state_dict()}
@@ -266,6 +280,7 @@ class HardConcreteSelector(Selector):
 
     def load_scores_state(self, state: Mapping[str, Any]) -> None:
         self._forget()
+        self._seen = []
         self._history = [(step, dict(shares)) for step, shares in state["history"]]
         self._target_sparsity = state["target_sparsity"]
         self._saved = {key: value for key, value in state.items() if key != "plan"} if "masks" in state else None
@@ -280,7 +295,7 @@ class HardConcreteSelector(Selector):
             {"params": list(masks.logits.values()), "lr": self.lr},
             {"params": [masks.multipliers], "lr": self.multiplier_lr, "maximize": True},
         ]
-        self._adam = torch.optim.Adam(groups, betas=BETAS)
+        self._adam = adam_on(anatomy.lm.device, groups, betas=BETAS)
         if self._saved is not None:
             masks.load_state_dict(self._saved["masks"])
             self._adam.load_state_dict(self._saved["adam"])
@@ -303,12 +318,12 @@ class HardConcreteSelector(Selector):
             values = self._masks.sampled(self.seed, batch)
             self._draw = _Draw(batch, values, values.leaves())
         if self._units.values is not self._draw.leaves:
-            self._units.set(self._draw.leaves)
+            self._units.set(self._draw.leaves, known=False)
 
     def _after_forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         # A pass on the side must not change what checkpointed layers recompute in the batch's backward.
         if self._draw is not None and self._units is not None and not self.pipeline.training:
-            self._units.set(self._draw.leaves)
+            self._units.set(self._draw.leaves, known=False)
 
     def _collect(self) -> None:
         """Take the gradients of the batch's masks on to the logits.
@@ -329,28 +344,40 @@ class HardConcreteSelector(Selector):
         rising = self.warmup * (self.stop - self.start)
         return min((step - self.start) / rising, 1.0) if rising else 1.0
 
+    def _expected(self) -> float:
+        """The parameters that the model is expected to keep; waits for the device."""
+        assert self._masks is not None
+        return expected_parameters(self.pipeline.anatomy, self._masks.probabilities())
+
     def _note(self, step: int) -> None:
-        """Bring the numbers of this step up to date, and log them."""
+        """Take down the sparsities of this step for the history, and log them if the trainer logs now."""
         if step == self._noted or self._masks is None:
             return
         self._noted = step
-        anatomy, trainer = self.pipeline.anatomy, self.pipeline.trainer
-        expected = expected_parameters(anatomy, self._masks.probabilities())
-        self._sparsity = 1 - expected / anatomy.num_parameters
-        sparsities, targets = self._masks.sparsities(), self._masks.targets(self._progress(step))
         if (step - self.start) % math.ceil((self.stop - self.start) / MOST_POINTS) == 0:
-            self._history = [point for point in self._history if point[0] < step]  # after a resume
-            self._history.append(
-                (step, {structure: (sparsities[structure], targets[structure]) for structure in targets})
-            )
-        if logs_now(trainer):
+            self._seen.append((step, self._masks.sparsities()))
+        if self.pipeline.trainer.loggers and logs_now(self.pipeline.trainer):
+            sparsities = dict(zip(self._masks.logits, self._masks.sparsities().tolist(), strict=True))
+            targets = self._masks.targets(self._progress(step))
             self.pipeline.log(
                 {
                     **{f"select/sparsity/{structure}": share for structure, share in sparsities.items()},
                     **{f"select/target/{structure}": share for structure, share in targets.items()},
-                    "select/expected_parameters": expected,
+                    "select/expected_parameters": self._expected(),
                 }
             )
+
+    def _read_history(self) -> None:
+        """Bring what was taken down since the last time from the device into the history."""
+        if not self._seen or self._masks is None:
+            return
+        first = self._seen[0][0]
+        self._history = [point for point in self._history if point[0] < first]  # after a resume
+        shares = torch.stack([of_step for _, of_step in self._seen]).tolist()
+        for (step, _), of_step in zip(self._seen, shares, strict=True):
+            targets = self._masks.targets(self._progress(step))
+            self._history.append((step, {s: (share, targets[s]) for s, share in zip(targets, of_step, strict=True)}))
+        self._seen = []
 
     def _within_budget(self, source: Shape) -> Shape:
         assert self.parameters is not None
@@ -369,7 +396,7 @@ class HardConcreteSelector(Selector):
                 f"HardConcreteSelector.structures is {structures}: {anatomy.model_type} can shrink in "
                 f"{', '.join(possible)}; choose at least one of these."
             )
-        there = parameters_of(anatomy, source)
+        there = parameters_in_shape(anatomy, source)
         is_ratio = isinstance(self.parameters, float)
         is_number = is_ratio or is_whole(self.parameters)
         if not is_number or not 0 < self.parameters < (1 if is_ratio else there):
