@@ -1,19 +1,18 @@
 """`StructuredCut`: the callback that executes the plan at its step."""
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.callbacks import (
-    ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 
 from lightprune.errors import ConfigError, check_number
+from lightprune.integrations.checkpoints import no_checkpoints
 from lightprune.integrations.lightning import callbacks_of, run_validation
 from lightprune.pipeline import CuttingPart, PruningCallback
 from lightprune.pipeline.module_checks import check_averages
@@ -162,17 +161,3 @@ class StructuredCut(PruningCallback, CuttingPart):
         self.metrics = state_dict["metrics"]
         self.parameters = state_dict["parameters"]
         self.seconds = state_dict["seconds"]
-
-
-@contextmanager
-def no_checkpoints(trainer: L.Trainer) -> Iterator[None]:
-    """Let no `ModelCheckpoint` save inside the context: to each, this step's checkpoint is there already."""
-    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
-    last_saved = [saver._last_global_step_saved for saver in savers]
-    for saver in savers:
-        saver._last_global_step_saved = trainer.global_step
-    try:
-        yield
-    finally:
-        for saver, step in zip(savers, last_saved, strict=True):
-            saver._last_global_step_saved = step

@@ -1,22 +1,17 @@
 """Exact token-weighted loss and perplexity, per domain of the data and over all of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from lightprune.errors import ConfigError
+from lightprune.integrations.exact_metric import ExactMetric
 
 IGNORE_INDEX = -100
 """The label that no loss counts."""
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The dtype to sum in: float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def places_of(domain: Tensor, domains: int, other: int) -> Tensor:
@@ -43,7 +38,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(loss_sums), (targets != IGNORE_INDEX).sum(dim=1)
 
 
-class DomainLoss(Metric):
+class DomainLoss(ExactMetric):
     """Mean loss per token and its perplexity, for each domain and in total.
 
     loss_d = (sum of the token losses of d's samples) / (number of those tokens); ppl_d = exp(loss_d).
@@ -101,14 +96,3 @@ class DomainLoss(Metric):
                 means[f"/{name}"] = loss_sum / count
         losses = {f"loss{suffix}": mean for suffix, mean in means.items()}
         return losses | {f"ppl{suffix}": mean.exp() for suffix, mean in means.items()}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Follow the module to its device, but not to its dtype: `module.to(bfloat16)` would round the sums."""
-        device = fn(torch.zeros((), device=self.device)).device
-        return super()._apply(lambda sums: _at_full_precision(sums, device), exclude_state)
-
-
-def _at_full_precision(sums: Tensor, device: torch.device) -> Tensor:
-    if widest(device) is torch.float32:
-        return sums.float().to(device)
-    return sums.to(device).double()

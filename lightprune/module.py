@@ -80,7 +80,7 @@ class CausalLM(LightningModule):
         self.test_metric = DomainLoss(names)
 
     def configure_model(self) -> None:
-        if "lm" in self._modules:  # Lightning calls this once per fit, validate and test
+        if hasattr(self, "lm"):  # Lightning calls this once per fit, validate and test
             return
         with whole_construction():  # weights are loaded into whole parameters; ZeRO-3 partitions them afterwards
             self.lm = load_causal_lm(

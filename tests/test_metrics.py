@@ -97,7 +97,7 @@ def test_sums_stay_exact_in_a_half_precision_module() -> None:
 
 
 def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightprune.metrics.widest", lambda device: torch.float32)
+    monkeypatch.setattr("lightprune.integrations.exact_metric.widest", lambda device: torch.float32)
     metric = DomainLoss(["a", "b"]).to("cpu")
     for evaluation in range(2):
         assert metric.loss_sums.dtype == metric.token_counts.dtype == torch.float32, evaluation

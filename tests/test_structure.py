@@ -1,7 +1,8 @@
 """The building: imports go one way, without circles; files and functions stay small (docs/design.md)."""
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "lightprune"
 # From the lowest floor to the highest: a room imports from floors below its own, never from its own floor or above.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("metrics",),
     ("integrations", "hub"),
+    ("metrics",),
     ("anatomy", "data"),
     ("plan", "module"),
     ("importance", "surgery"),
@@ -101,3 +102,80 @@ def functions(path: Path) -> Iterator[tuple[str, int]]:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_functions_are_short(path: Path) -> None:
     assert {name: lines for name, lines in functions(path) if lines > 60} == {}
+
+
+# Private names of other libraries.
+
+PRIVATE_ROOMS = ("integrations", "strategies")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def own_names(files: Sequence[Path] = FILES) -> set[str]:
+    """What the package itself defines: functions, classes, names, and what its objects keep on themselves."""
+    names: set[str] = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                names.add(node.attr)
+    return names
+
+
+def foreign_names(path: Path, own: set[str]) -> Iterator[tuple[str, int]]:
+    """The private names of other libraries in a file, and their lines: attributes, imports, names in `getattr`."""
+    tree = ast.parse(path.read_text())
+    inherited = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Call)
+        and getattr(node.value.func, "id", "") == "super"
+    }
+    if inherited:  # a method of a foreign base class is defined here and nowhere else
+        own = own - (inherited - own_names([file for file in FILES if file != path]))
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            names = [] if node.attr in own else [node.attr]
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("lightprune"):
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+            names = [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant) and arg.value not in own]
+        yield from ((name, node.lineno) for name in names if is_private(name))
+
+
+def test_private_names_of_other_libraries_stand_in_two_rooms() -> None:
+    own = own_names()
+    strays = [
+        f"{module_name(path)}:{line} {name}"
+        for path in FILES
+        if room_of(module_name(path)) not in PRIVATE_ROOMS
+        for name, line in foreign_names(path, own)
+    ]
+    assert strays == []
+
+
+def test_each_private_name_says_what_breaks_without_it() -> None:
+    """A comment in the same file names it, and the version of its library in which it was checked."""
+    own = own_names()
+    untold = []
+    for path in FILES:
+        if room_of(module_name(path)) in PRIVATE_ROOMS:
+            comments = re.findall(r"#[^\n]*(?:\n\s*#[^\n]*)*", path.read_text())
+            told = [comment for comment in comments if re.search(r"[A-Za-z] \d+\.\d+", comment)]
+            for name, line in foreign_names(path, own):
+                if not any(f"`{name}" in comment or f".{name}" in comment for comment in told):
+                    untold.append(f"{module_name(path)}:{line} {name}")
+    assert untold == []

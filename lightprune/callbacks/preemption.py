@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from lightprune.errors import ConfigError
 from lightprune.integrations.atomic_save import save_atomically
+from lightprune.integrations.checkpoints import cluster_of, save_last
 from lightprune.integrations.ranks import largest_of_ranks
 
 POLL_SECONDS = 5.0
@@ -66,7 +67,7 @@ class PreemptionCheckpoint(Checkpoint):
         if stage == "fit":
             self._saver(trainer)
             self._unwrap = save_atomically(trainer.strategy)
-        environment = trainer._accelerator_connector.cluster_environment
+        environment = cluster_of(trainer)
         if isinstance(environment, SLURMEnvironment):
             environment.auto_requeue = False
 
@@ -124,8 +125,7 @@ class PreemptionCheckpoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         saver = self._saver(trainer)
-        if saver._last_global_step_saved != trainer.global_step:
-            saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
+        save_last(saver, trainer)
         cause = "another rank's signal" if self.received is None else self.received.name
         rank_zero_info(
             f"Stopped by {cause} after step {trainer.global_step}: {saver.last_model_path} goes on from there."

@@ -39,16 +39,18 @@ class PruningProgressBar(TQDMProgressBar):
         self._steps: int | None = None  # of the whole run, if that is what the bar counts
         self._done: float = 0  # of what the bar counts
         self._next_update = 0.0
+        self._run_bar: Tqdm | None = None
 
     def init_train_tqdm(self) -> Tqdm:
         """The bar of the run, or of its epochs."""
         trainer = self.trainer
         whole = self._steps is not None
-        return self._bar(
+        self._run_bar = self._bar(
             self._description(trainer),
             self._steps if whole else self.total_train_batches,
             initial=trainer.global_step if whole else 0,
         )
+        return self._run_bar
 
     def init_sanity_tqdm(self) -> Tqdm:
         """The bar of the trial validation."""
@@ -126,8 +128,8 @@ class PruningProgressBar(TQDMProgressBar):
 
     def _move(self) -> None:
         """Let the bar of the training say how far it is, the next time that it is drawn."""
-        if self._train_progress_bar is not None:
-            self._train_progress_bar.n = self._done
+        if self._run_bar is not None:
+            self._run_bar.n = self._done
 
     def _due(self, batch: int, *, last: bool) -> bool:
         return last or (batch % self.refresh_rate == 0 and time.monotonic() >= self._next_update)

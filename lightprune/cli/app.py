@@ -18,6 +18,7 @@ from lightprune.cli.overrides import apply_overrides, split_overrides
 from lightprune.cli.parsing import guess_callbacks, parse, read_callbacks
 from lightprune.cli.trainer import PruningTrainer
 from lightprune.errors import ConfigError
+from lightprune.integrations.command_line import OpenCLI, make_flag
 
 # What reads or reshapes a model and trains nothing runs on any machine, whatever the config trains on.
 OFFLINE = {
@@ -70,7 +71,7 @@ ABOUT = (
 )
 
 
-class LightpruneCLI(LightningCLI):
+class LightpruneCLI(OpenCLI):
     """LightningCLI for any module and data module, by `class_path`, with pruning's verbs and defaults."""
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
@@ -96,9 +97,7 @@ class LightpruneCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Read the arguments and the config files; `--callback.NAME.ARGUMENT` sets one argument of a callback there."""
-        # Let `--overwrite` stand alone, as a flag does.
-        overwrite = self._subcommand_parsers["export"]._option_string_actions["--overwrite"]
-        overwrite.nargs, overwrite.const = "?", True
+        make_flag(self.parser_of("export"), "--overwrite")
         given = args if isinstance(args, list) else sys.argv[1:]
         with no_collection():  # the config's classes are imported here
             arguments, overrides = split_overrides(given)
@@ -109,22 +108,20 @@ class LightpruneCLI(LightningCLI):
                 self.config = parse(parser, arguments)
             except ArgumentError as error:
                 verb = next((argument for argument in arguments if argument in VERBS), "lightprune")
-                settings = list(self._subcommand_parsers[verb].get_defaults().keys()) if verb in VERBS else []
+                settings = list(self.parser_of(verb).get_defaults().keys()) if verb in VERBS else []
                 callbacks_there = guess_callbacks(parser, arguments)
                 raise ConfigError(explain(str(error), verb, settings, callbacks_there)) from error
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning reads the hyperparameters in a checkpoint before there is a trainer, and a missing one after it."""
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in ("last", "best", "hpc") and not str(path).startswith("registry"):
+    def before_checkpoint(self, path: str) -> None:
+        """Refuse what is no checkpoint: Lightning reads hyperparameters there first, and its weights much later."""
+        if path not in ("last", "best", "hpc") and not path.startswith("registry"):
             from lightprune.pipeline.run_checks import check_checkpoint
 
             check_checkpoint(path)
-        super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add the progress bar and the report where the config does not bring its own."""
-        config = self._get(self.config_init, "trainer")
+        config = self.setting(self.config_init, "trainer")
         callbacks = config["callbacks"] or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         defaults = default_callbacks(callbacks, progress_bar=config["enable_progress_bar"] is not False)
@@ -145,7 +142,7 @@ class LightpruneCLI(LightningCLI):
         from lightprune.callbacks.run_report import RunReport
         from lightprune.cli.precision import choose_precision
 
-        choice = choose_precision(config, callbacks, self._get(self.config, "ckpt_path"))
+        choice = choose_precision(config, callbacks, self.setting(self.config, "ckpt_path"))
         for callback in callbacks:
             if choice is not None and isinstance(callback, RunReport):
                 callback.precision_reason = choice.reason

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lightprune.integrations.torch_modules import cpu_features_before_2_13
+
 # What a CPU needs, by the names of `torch.cpu.get_capabilities`.
 _CPU_UNITS = {
     torch.bfloat16: {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX-BF16", "bf16": "Arm's BF16"},
@@ -84,18 +86,7 @@ def _cpu_features() -> set[str] | None:
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is not None:
         return {name for name, has in capabilities().items() if has is True}
-    # Private, for versions that lack this function; 2.13, which has both, gives the same answers. On Arm the operator
-    # reads the CPU's own bit. On x86 it must not be asked: it says yes to AVX-512 without BF16.
-    if platform.machine().lower() in _ARM:
-        ask = {"bf16": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)}
-    else:
-        ask = {
-            "avx512_bf16": getattr(torch.cpu, "_is_avx512_bf16_supported", None),
-            "amx_bf16": getattr(torch.cpu, "_is_amx_tile_supported", None),
-            "amx_fp16": getattr(torch.cpu, "_is_amx_fp16_supported", None),
-        }
-    known = {feature: question() for feature, question in ask.items() if question is not None}
-    return {feature for feature, has in known.items() if has} if known else None
+    return cpu_features_before_2_13(arm=platform.machine().lower() in _ARM)
 
 
 def _cpu_limit() -> str | None:

@@ -18,13 +18,11 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
-
-# Private: it finds the checkpoint that "last" and "hpc" mean. The public way needs a trainer, and there is none yet.
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightprune.callbacks.run_report import recorded_precision
 from lightprune.cli.native import Support, native_support
+from lightprune.integrations.checkpoints import found_checkpoint
 from lightprune.strategies.zero_checkpoint import is_sharded, model_states
 
 _NATIVE, _ELSEWHERE = "bf16-mixed", "32-true"
@@ -161,10 +159,10 @@ def _find_checkpoint(trainer: Mapping[str, Any], callbacks: Sequence[Callback], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning will warn again
         try:
-            found = _CheckpointConnector(of_trainer)._parse_ckpt_path(TrainerFn.FITTING, ckpt_path, True, True)
+            found = found_checkpoint(of_trainer, ckpt_path)
         except ValueError:  # of what it will refuse again, such as "best" before there is a run
             return None
-    return str(found) if found and Path(found).exists() else None
+    return found if found and Path(found).exists() else None
 
 
 def _read(checkpoint: str) -> str | None:

@@ -4,10 +4,9 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-# Private: the type of Lightning's own argument, to which "auto" is added (checked in 2.6.6).
-from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
+from lightprune.integrations.command_line import PrecisionInput
 
-PrecisionSetting = Literal["auto"] | _PRECISION_INPUT | None
+PrecisionSetting = Literal["auto"] | PrecisionInput | None
 
 
 class PruningTrainer(pl.Trainer):

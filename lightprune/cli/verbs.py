@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +21,7 @@ from lightprune.export import (
     warn_of_none,
 )
 from lightprune.export.stock_check import check_stock
+from lightprune.integrations.checkpoints import found_checkpoint
 from lightprune.integrations.lightning import callbacks_of, find_causal_lm
 from lightprune.pipeline import Part, Pipeline
 from lightprune.plan import PruningPlan
@@ -87,10 +87,10 @@ def _configured_tokenizer(trainer: pl.Trainer) -> PreTrainedTokenizerBase | None
 
 def _last_of(trainer: pl.Trainer) -> str:
     """The checkpoint that `fit --ckpt_path last` would go on from."""
-    found = trainer._checkpoint_connector._parse_ckpt_path(TrainerFn.FITTING, "last", True, True)
+    found = found_checkpoint(trainer, "last")
     if found is None:
         raise ConfigError("There is no last checkpoint of this config: name one in `ckpt_path`.")
-    return str(found)
+    return found
 
 
 def restore(pipeline: Pipeline, checkpoint: Mapping[str, Any], *, source: str) -> PruningPlan:

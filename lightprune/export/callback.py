@@ -15,7 +15,7 @@ from lightprune.export.target import check_target, free_beside
 from lightprune.export.tokenizer import given_tokenizer, tokenizer_of, warn_of_none
 from lightprune.export.write import check_generation_config, export_hf, keep_unverified
 from lightprune.hub import Dtype, torch_dtype
-from lightprune.integrations.lightning import data_of, find_causal_lm, shadow_method
+from lightprune.integrations.lightning import data_of, find_causal_lm, logged_by_validation, shadow_method
 from lightprune.pipeline import FinishingCallback, Pipeline
 from lightprune.strategies import adapter_of
 
@@ -77,8 +77,7 @@ class ExportHF(FinishingCallback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what this validation logged: `trainer.callback_metrics` mixes it with what training logs."""
         if not trainer.sanity_checking:
-            logged = trainer._logger_connector.metrics["log"]
-            self._last_validation = {name: float(value) for name, value in logged.items()}
+            self._last_validation = logged_by_validation(trainer)
 
     def finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pipeline = Pipeline.of(trainer)

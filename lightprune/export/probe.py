@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightprune.integrations.dtypes import main_dtype
+from lightprune.integrations.models import attention_of, set_attention
 
 # The largest difference of a logit, relative to the largest logit, between two models that take the same steps.
 SAME_STEPS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -52,17 +53,16 @@ def plain_outputs(lm: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def attention_that_runs(lm: PreTrainedModel) -> Iterator[None]:
     """Inside, the model attends by an implementation that runs on its device and in the dtype of most weights."""
-    config, given = lm.config, lm.config._attn_implementation
+    config, given = lm.config, attention_of(lm.config)
     on_gpu = lm.device.type != "cpu" and main_dtype(lm) in (torch.float16, torch.bfloat16)
     if given in _ANYWHERE or on_gpu:
         yield
         return
-    # Not by `set_attn_implementation`, which may refuse to go back.
-    config._attn_implementation = "eager"
+    set_attention(config, "eager")
     try:
         yield
     finally:
-        config._attn_implementation = given
+        set_attention(config, given)
 
 
 def probe(lm: PreTrainedModel, *, padding: int) -> dict[str, Tensor]:

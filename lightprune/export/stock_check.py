@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from lightprune.errors import ConfigError
 from lightprune.export.probe import attention_that_runs, logits_apart, not_finite, plain_outputs, probe, probe_logits
 from lightprune.integrations.dtypes import in_dtype, main_dtype
+from lightprune.integrations.models import compute_buffers
+from lightprune.integrations.torch_modules import own_buffers, unsaved_buffers
 from lightprune.integrations.zero_params import is_partitioned, whole_shape
 from lightprune.masks.forward_passes import evaluating
 from lightprune.surgery.stock_class import is_tied, parameter_difference, stock_form
@@ -82,13 +84,12 @@ def stock_with_weights(stock: PreTrainedModel, lm: PreTrainedModel) -> PreTraine
     """
     ours = dict(lm.named_buffers())
     for prefix, module in stock.named_modules():
-        buffers: dict[str, Any] = module._buffers
-        names = [name for name in module._non_persistent_buffers_set if buffers.get(name) is not None]
+        buffers: dict[str, Any] = own_buffers(module)
+        names = unsaved_buffers(module)
         for name in names:
             buffers[name] = torch.empty_like(buffers[name], device="cpu")
         if names:
-            # Private, but the only function that fills such buffers; weights on `meta` it leaves alone.
-            stock._init_weights(module)  # type: ignore[no-untyped-call]
+            compute_buffers(stock, module)
         for name in names:
             own = ours.get(f"{prefix}.{name}" if prefix else name)
             if own is not None:
@@ -165,12 +166,12 @@ def _runs(stock: PreTrainedModel) -> bool:
 @contextmanager
 def _buffers_kept(lm: PreTrainedModel) -> Iterator[None]:
     """Buffers are afterwards as they were: a `forward` of somebody's own may count in them."""
-    owners = [(module, name, buffer) for module in lm.modules() for name, buffer in module._buffers.items()]
+    owners = [(module, name, buffer) for module in lm.modules() for name, buffer in own_buffers(module).items()]
     kept = [(*owner, None if owner[2] is None else owner[2].clone()) for owner in owners]
     try:
         yield
     finally:
         for module, name, buffer, value in kept:
-            module._buffers[name] = buffer
+            own_buffers(module)[name] = buffer
             if buffer is not None and value is not None:
                 buffer.copy_(value)

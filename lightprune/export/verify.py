@@ -13,6 +13,7 @@ from lightprune.export.convert import Outgoing
 from lightprune.export.probe import attention_that_runs, logits_apart, not_finite
 from lightprune.hub import loading_problems
 from lightprune.integrations.dtypes import in_dtype, main_dtype
+from lightprune.integrations.models import attention_of
 from lightprune.surgery.stock_class import is_tied
 
 
@@ -39,7 +40,7 @@ def verify_export(path: Path, lm: PreTrainedModel, out: Outgoing) -> None:
             path,
             # Weights of several dtypes are exact in the widest alone: "auto" rounds all to that of the config.
             dtype="auto" if len(dtypes) < 2 else reduce(torch.promote_types, dtypes),
-            attn_implementation=lm.config._attn_implementation,
+            attn_implementation=attention_of(lm.config),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )

@@ -27,6 +27,8 @@ def save_atomically(strategy: Strategy) -> Callable[[], None]:
     def save(
         original: Callable[..., None], checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
+        # Lightning 2.6.6: `_checkpoint_io`; the public property makes a default one. Without it asynchronous saves
+        # would be moved before they are written.
         if "://" in str(filepath) or isinstance(strategy._checkpoint_io, AsyncCheckpointIO):
             original(checkpoint, filepath, storage_options)
             return

@@ -143,12 +143,22 @@ def run_validation(trainer: L.Trainer) -> dict[str, float]:
     """
     if not has_validation(trainer):
         return {}
+    # Lightning 2.6.6: `_logger_connector._first_loop_iter` says whether results are to be reset. Without it what
+    # training logs in the step of a validation at the cut would be lost.
     connector = trainer._logger_connector
     first_loop_iter = connector._first_loop_iter
     with isolate_rng(), _validating(trainer):
         outputs = trainer.fit_loop.epoch_loop.val_loop.run()
     connector._first_loop_iter = first_loop_iter
     return {name: float(value) for output in outputs for name, value in output.items()}
+
+
+def logged_by_validation(trainer: L.Trainer) -> dict[str, float]:
+    """What a validation that ends has logged; `trainer.callback_metrics` mixes it with what training logs."""
+    # Lightning 2.6.6: `_logger_connector.metrics`. Without it a model card would show metrics of training as
+    # validation's.
+    logged = trainer._logger_connector.metrics["log"]
+    return {name: float(value) for name, value in logged.items()}
 
 
 def has_validation(trainer: L.Trainer) -> bool:
@@ -176,4 +186,6 @@ def validation_due(trainer: L.Trainer) -> bool:
     `_TrainingEpochLoop.advance`).
     """
     loop = trainer.fit_loop
+    # Lightning 2.6.6: `_data_fetcher` and `_should_check_val_fx` decide it. Without them a resume could lose a
+    # validation.
     return bool(loop._data_fetcher is not None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher))

@@ -67,6 +67,8 @@ def twin(module: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> 
     for name, value in vars(module).items():
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
             same.__dict__[name] = OrderedDict()
+    # torch 2.13: `_parameters`, `_buffers` and `_modules` are what a module holds. Without them the copy would be a
+    # model that is built anew, on every rank.
     same.__dict__["_parameters"] = {name: p if p is None else parameters[p] for name, p in module._parameters.items()}
     same.__dict__["_buffers"] = {name: b if b is None else b.cpu() for name, b in module._buffers.items()}
     same.__dict__["_modules"] = {name: m if m is None else twin(m, parameters) for name, m in module._modules.items()}

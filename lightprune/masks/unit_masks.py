@@ -3,7 +3,6 @@
 Shapes: L layers.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightprune.anatomy import Anatomy
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Run
 from lightprune.anatomy.base import Site
+from lightprune.integrations.torch_modules import with_parameters
 from lightprune.masks.gates import Bypass, Handle, change_input, change_output, remove_all
 from lightprune.plan import PruningPlan
 from lightprune.surgery import kept_rows
@@ -102,9 +102,8 @@ def _blend_norm(norm: nn.Module, rows: Tensor, alpha: Tensor) -> RemovableHandle
 
 def _narrowed(norm: nn.Module, rows: Tensor) -> nn.Module:
     """The same norm over fewer dimensions; gradients reach the parameters of the whole one."""
-    small = copy.copy(norm)
-    parameters = {name: p if p is None else p.index_select(0, rows) for name, p in norm._parameters.items()}
-    small.__dict__["_parameters"] = parameters
+    of_norm = dict(norm.named_parameters(recurse=False))
+    small = with_parameters(norm, {name: p.index_select(0, rows) for name, p in of_norm.items()})
     if isinstance(norm, nn.LayerNorm):
         small.__dict__["normalized_shape"] = (len(rows),)
     return small

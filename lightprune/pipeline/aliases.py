@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lightprune.anatomy import Anatomy, Structure, Weight
 from lightprune.anatomy.axes import length
 from lightprune.errors import ConfigError
+from lightprune.integrations.torch_modules import parts_of
 from lightprune.integrations.zero_params import whole_shape
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -88,10 +89,8 @@ class Search:
         if id(owner) in self._seen:
             return
         self._seen.add(id(owner))
-        for name, child in owner._modules.items():
-            yield from self._found(child, _joined(path, name), network, registered=True)
-        for name, parameter in owner._parameters.items():
-            yield from self._found(parameter, _joined(path, name), network, registered=True)
+        for name, part in parts_of(owner).items():
+            yield from self._found(part, _joined(path, name), network, registered=True)
         for name, value in vars(owner).items():
             if name not in _REGISTRIES and not name.endswith("_hooks"):
                 for place, item in _held(value, _joined(path, name), _DEPTH):
@@ -109,7 +108,7 @@ class Search:
         """What lies in a layer, and is held elsewhere in the LM too."""
         layers, of_layer = self._anatomy.layers, layer_by_part(self._anatomy)
         for path, owner in self._anatomy.lm.named_modules():
-            for name, part in (*owner._modules.items(), *owner._parameters.items()):
+            for name, part in parts_of(owner).items():
                 index = of_layer.get(id(part))
                 if part is not None and index is not None and owner is not layers and of_layer.get(id(owner)) != index:
                     yield Alias(_joined(path, name), part)

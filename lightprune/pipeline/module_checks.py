@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lightprune.anatomy import Anatomy, Structure
 from lightprune.errors import ConfigError
+from lightprune.integrations.torch_modules import gradient_hooks, is_compiled
 from lightprune.integrations.zero_params import gathered, whole_shape
 from lightprune.pipeline.aliases import check_aliases, sliced_weights
 
@@ -22,18 +23,11 @@ def check_eager(module: nn.Module, lm: nn.Module) -> None:
     """
     inside = set(lm.modules())
     for name, child in module.named_modules():
-        if _is_compiled(child) and not inside.isdisjoint(child.modules()):
+        if is_compiled(child) and not inside.isdisjoint(child.modules()):
             raise ConfigError(
                 f"{name or type(module).__name__} is compiled, and gates and penalties cannot join compiled code: "
                 "leave `torch.compile` out of a run that prunes, and compile the model that comes out."
             )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    marks = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")  # a wrapper; in place; Lightning's own
-    if any(getattr(module, mark, None) is not None for mark in marks):
-        return True
-    return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 def check_no_adapters(module: nn.Module, lm: nn.Module) -> None:
@@ -186,8 +180,8 @@ def check_sliced(module: nn.Module, anatomy: Anatomy, layers: Collection[int], u
 
 def _hooked(parameter: nn.Parameter) -> bool:
     """Whether a user's hooks wait for the parameter's gradient; deepspeed leaves its own behind after a fit."""
-    hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
-    return any(not str(getattr(hook, "__module__", "")).startswith("deepspeed") for hook in hooks)
+    modules = [str(getattr(hook, "__module__", "")) for hook in gradient_hooks(parameter)]
+    return any(not module.startswith("deepspeed") for module in modules)
 
 
 def _warn_of_readers(outside: dict[str, nn.Module], hidden: int) -> None:
@@ -195,7 +189,7 @@ def _warn_of_readers(outside: dict[str, nn.Module], hidden: int) -> None:
     for name, child in outside.items():
         if any(name == other or name.startswith(f"{other}.") for other in others):
             continue
-        if any(p is not None and hidden in p.shape for p in child._parameters.values()):
+        if any(hidden in parameter.shape for parameter in child.parameters(recurse=False)):
             rank_zero_warn(
                 f"{name} has a dimension of {hidden}, as the LM's hidden states have now: if it reads these, the cut "
                 "of hidden dimensions will leave it with inputs of another size."

@@ -117,7 +117,7 @@ class Part(Callback, ABC):
     @property
     def state_key(self) -> str:
         """A run may have several parts of a class, if they begin at different steps."""
-        return self._generate_state_key(begins=self.begins)
+        return f"{type(self).__qualname__}{{'begins': {self.begins!r}}}"
 
     @property
     def cycle(self) -> "Cycle":

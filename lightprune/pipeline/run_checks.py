@@ -10,6 +10,7 @@ from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightprune.errors import ConfigError
+from lightprune.integrations.torch_modules import is_fused
 from lightprune.pipeline.part import Part, PipelineView
 from lightprune.surgery import check_groups_hold_all, check_optimizer
 
@@ -132,7 +133,7 @@ def _check_length(pipeline: PipelineView) -> None:
 def _check_clipping(pipeline: PipelineView) -> None:
     """Refuse at once what Lightning refuses at the first step that moves weights, perhaps long after selection."""
     trainer = pipeline.trainer
-    fused = [o for o in pipeline.adapter.optimizers if getattr(o, "_step_supports_amp_scaling", False)]
+    fused = [o for o in pipeline.adapter.optimizers if is_fused(o)]
     if trainer.gradient_clip_val and fused and isinstance(trainer.precision_plugin, MixedPrecision):
         raise ConfigError(
             f"trainer.gradient_clip_val is {trainer.gradient_clip_val} and {type(fused[0]).__name__} is fused, "

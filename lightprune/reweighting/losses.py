@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
-from lightprune.metrics import IGNORE_INDEX, places_of, token_losses, widest
+from lightprune.integrations.exact_metric import widest
+from lightprune.metrics import IGNORE_INDEX, places_of, token_losses
 
 EMA = 0.1
 """What the newest step's loss weighs in the running mean (DRPruning, arXiv 2411.14055)."""

@@ -93,6 +93,7 @@ class StrategyAdapter(ABC):
     @property
     def stepping(self) -> bool:
         """Whether the batch that is running is the last one that its optimizer step accumulates."""
+        # Lightning 2.6.6: `_should_accumulate`. Without it parts would step in the middle of accumulation.
         accumulates = self.strategy.handles_gradient_accumulation and self.trainer.fit_loop._should_accumulate()
         return not accumulates
 
@@ -116,6 +117,7 @@ class StrategyAdapter(ABC):
 
     def skip_step(self, optimizer: Optimizer) -> None:
         """Note an optimizer step in which the weights stood still; schedulers warn where no step came before theirs."""
+        # torch 2.13: `_opt_called`. Without it schedulers warn in every run that selects before it trains.
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def optimizer_step(self, optimizer: Optimizer, *, held: bool) -> None:

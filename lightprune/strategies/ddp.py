@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
 
-# Private, checked in 2.6.6: what `ddp_spawn`, `ddp_fork` and `ddp_notebook` start ranks with.
+# Lightning 2.6.6: `_MultiProcessingLauncher` is what `ddp_spawn`, `ddp_fork` and `ddp_notebook` start ranks with.
+# Without it a cut would end in weights that fit no model.
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,6 +23,8 @@ class DDP(StrategyAdapter):
 
     def __init__(self, trainer: L.Trainer) -> None:
         super().__init__(trainer)
+        # Lightning 2.6.6: `_ddp_kwargs` is read when the model is wrapped. Without it unused parameters could not be
+        # allowed for a while.
         self._options: dict[str, Any] = self.strategy._ddp_kwargs
 
     def check(self) -> None:
@@ -30,6 +33,7 @@ class DDP(StrategyAdapter):
                 "DDPStrategy.static_graph is True, and pruning changes the graph while it trains: set "
                 "trainer.strategy.init_args.static_graph=false."
             )
+        # Lightning 2.6.6: `_model_averaging_period`. Without it ranks could hold different weights at the cut.
         if self.strategy._model_averaging_period is not None:
             raise ConfigError(
                 f"DDPStrategy.model_averaging_period is {self.strategy._model_averaging_period}: ranks whose weights "

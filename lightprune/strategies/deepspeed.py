@@ -40,6 +40,7 @@ class DeepSpeed(StrategyAdapter):
 
     supports = DeepSpeedStrategy
     keeps_optimizers = False
+    # Lightning 2.6.6: `_init_optimizers` is where the strategy asks for them. Without it flat ones would be cut in two.
     makes_optimizers = "_init_optimizers"
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -124,6 +125,7 @@ class DeepSpeed(StrategyAdapter):
 
     def held_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Through the module's own call, where ZeRO-3 has its hooks; the engine's call would wait for gradients.
+        # Lightning 2.6.6: `_forward_redirection`. Without it a held step of ZeRO-3 would find empty parameters.
         with self.unwrapped(), self.strategy.precision_plugin.train_step_context():
             return self.strategy._forward_redirection(self.module, self.module, "training_step", *args, **kwargs)
 
@@ -152,6 +154,7 @@ class DeepSpeed(StrategyAdapter):
             super()._step(optimizer, present, held=held)
             return
         gradients = gradients_of(optimizer)
+        # torch 2.13: `_foreach_div_`. Without it one division a gradient.
         torch._foreach_div_(gradients, float(self._zero.loss_scale))
         step_where(optimizer, all_finite(gradients, present))
 

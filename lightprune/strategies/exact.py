@@ -54,4 +54,5 @@ class CPUDeepSpeedStrategy(ExactDeepSpeedStrategy):
         compatible["deepspeed_shm_comm"] = False
         reset_seed()
         self.set_world_ranks()
+        # Lightning 2.6.6: `_init_deepspeed_distributed`. Without it ZeRO would not start without a GPU.
         self._init_deepspeed_distributed()

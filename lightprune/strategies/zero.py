@@ -90,7 +90,7 @@ def _places_of_stages_1_and_2(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]
     for flats, parameters in zip(zero.optimizer.param_groups, zero.bit16_groups, strict=True):
         (flat,) = flats["params"]
         for parameter in parameters:
-            mapping = parameter._hp_mapping
+            mapping = parameter._hp_mapping  # deepspeed 0.19.8: `_hp_mapping` says where fragments lie
             if mapping is None:
                 yield parameter, Place(flat, 0, 0, 0)
             else:
@@ -103,6 +103,7 @@ def _places_of_stage_3(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]:
         offset = 0
         for parameter in parameters:
             length = parameter.partition_numel()
+            # deepspeed 0.19.8: `_get_param_partition_rank`. Without it a rank would take another's rows.
             start = length * zero._get_param_partition_rank(parameter)
             numel = max(min(length, parameter.ds_numel - start), 0)
             yield parameter, Place(flat, offset, min(start, parameter.ds_numel), numel)

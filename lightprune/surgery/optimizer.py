@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightprune.integrations.torch_modules import inner_schedulers
 from lightprune.surgery.model import Rows, sliced
 
 # What PyTorch's schedulers keep one entry of for every parameter group.
@@ -70,7 +71,7 @@ def _drop_groups(optimizer: Optimizer, schedulers: Collection[Any], surviving: l
 
 
 def _keep_groups(scheduler: Any, surviving: list[int], num_groups: int) -> None:
-    for nested in getattr(scheduler, "_schedulers", ()):
+    for nested in inner_schedulers(scheduler):
         _keep_groups(nested, surviving, num_groups)
     for name in _PER_GROUP_LISTS:
         entries = getattr(scheduler, name, None)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightprune.integrations.exact_metric import widest
 from lightprune.masks.forward_passes import TokenMask, on_output
-from lightprune.metrics import widest
 from lightprune.pipeline import Status
 from lightprune.pipeline.steps import Steps
 from lightprune.selectors.base import LayerSelector, lowest

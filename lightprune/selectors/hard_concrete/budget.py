@@ -1,14 +1,53 @@
 """A parameter budget as an exact shape: all structures shrink by a common ratio, as far as is needed."""
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import astuple, replace
 
-from lightprune.anatomy import Anatomy, Shape, Structure
-from lightprune.errors import ConfigError
+from lightprune.anatomy import STRUCTURES, Anatomy, Shape, Structure
+from lightprune.errors import ConfigError, is_whole
 from lightprune.plan import PruningPlan
 from lightprune.surgery import parameters_in_shape
 from lightprune.surgery.stock_class import check_expressible
+
+
+def shape_of_budget(
+    anatomy: Anatomy,
+    source: Shape,
+    parameters: int | float,
+    structures: Sequence[Structure] | None,
+    multiple_of: int,
+) -> Shape:
+    """The shape that a selector's `parameters`, a count or a ratio of the model's, comes to; see `shape_within`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    possible = [s for s in STRUCTURES if s in {*anatomy.family.structures, "kv_groups"}]
+    sharing = possible if structures is None else list(structures)
+    unknown = [structure for structure in sharing if structure not in possible]
+    if unknown or not sharing:
+        raise ConfigError(
+            f"HardConcreteSelector.structures is {sharing}: {anatomy.model_type} can shrink in {', '.join(possible)}; "
+            "choose at least one of these."
+        )
+    there = parameters_in_shape(anatomy, source)
+    is_ratio = isinstance(parameters, float)
+    is_number = is_ratio or is_whole(parameters)
+    if not is_number or not 0 < parameters < (1 if is_ratio else there):
+        raise ConfigError(
+            f"HardConcreteSelector.parameters is {parameters!r}: it must be a whole number below the model's "
+            f"{there:,}, or a ratio between 0 and 1."
+        )
+    budget = int(parameters * there) if is_ratio else int(parameters)
+    shape = shape_within(anatomy, source, budget, sharing, multiple_of)
+    if shape is None:
+        least = smallest(anatomy, source, sharing, multiple_of)
+        raise ConfigError(
+            f"HardConcreteSelector.parameters is {parameters}: {', '.join(sharing)} can shrink to {least:,} parameters "
+            "at the least; raise `parameters`, add to `structures`, or lower `multiple_of`."
+        )
+    return shape
 
 
 def shape_within(

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightprune.anatomy import STRUCTURES, Shape, Structure
-from lightprune.errors import ConfigError, check_number, is_whole
+from lightprune.anatomy import Shape, Structure
+from lightprune.errors import ConfigError, check_number
 from lightprune.importance.ranking import rounded
 from lightprune.integrations.lightning import logs_now
 from lightprune.masks.figure import mask_figure
@@ -20,7 +20,7 @@ from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.selectors.base import Selector
 from lightprune.selectors.counts import Counts, Keep, serving_advice
-from lightprune.selectors.hard_concrete.budget import shape_within, smallest
+from lightprune.selectors.hard_concrete.budget import shape_of_budget
 from lightprune.selectors.hard_concrete.mask_set import MaskSet
 from lightprune.strategies import adam_on
 from lightprune.surgery import expected_parameters, parameters_in_shape
@@ -187,7 +187,15 @@ class HardConcreteSelector(Selector):
             shape = self.counts.of(source)
         else:
             if source not in self._shapes:
-                self._shapes[source] = self._within_budget(source)
+                if self.counts.units or self.counts.layers is not None:
+                    raise ConfigError(
+                        f"HardConcreteSelector.parameters is {self.parameters}, and counts are set beside it: leave "
+                        "out either `parameters`, or `layers`, `heads`, `kv_groups`, `channels` and `hidden`."
+                    )
+                check_number(self, "multiple_of", self.counts.multiple_of, whole=True, least=1)
+                self._shapes[source] = shape_of_budget(
+                    self.pipeline.anatomy, source, self.parameters, self.sharing, self.counts.multiple_of
+                )
             shape = self._shapes[source]
         if shape == source:
             raise ConfigError("HardConcreteSelector removes nothing: lower one of its counts, or `parameters`.")
@@ -378,38 +386,3 @@ class HardConcreteSelector(Selector):
             targets = self._masks.targets(self._progress(step))
             self._history.append((step, {s: (share, targets[s]) for s, share in zip(targets, of_step, strict=True)}))
         self._seen = []
-
-    def _within_budget(self, source: Shape) -> Shape:
-        assert self.parameters is not None
-        anatomy, asked = self.pipeline.anatomy, self.counts
-        if asked.units or asked.layers is not None:
-            raise ConfigError(
-                f"HardConcreteSelector.parameters is {self.parameters}, and counts are set beside it: leave out either "
-                "`parameters`, or `layers`, `heads`, `kv_groups`, `channels` and `hidden`."
-            )
-        check_number(self, "multiple_of", asked.multiple_of, whole=True, least=1)
-        possible = [s for s in STRUCTURES if s in {*anatomy.family.structures, "kv_groups"}]
-        structures = possible if self.sharing is None else list(self.sharing)
-        unknown = [structure for structure in structures if structure not in possible]
-        if unknown or not structures:
-            raise ConfigError(
-                f"HardConcreteSelector.structures is {structures}: {anatomy.model_type} can shrink in "
-                f"{', '.join(possible)}; choose at least one of these."
-            )
-        there = parameters_in_shape(anatomy, source)
-        is_ratio = isinstance(self.parameters, float)
-        is_number = is_ratio or is_whole(self.parameters)
-        if not is_number or not 0 < self.parameters < (1 if is_ratio else there):
-            raise ConfigError(
-                f"HardConcreteSelector.parameters is {self.parameters!r}: it must be a whole number below the model's "
-                f"{there:,}, or a ratio between 0 and 1."
-            )
-        budget = int(self.parameters * there) if is_ratio else int(self.parameters)
-        shape = shape_within(anatomy, source, budget, structures, asked.multiple_of)
-        if shape is None:
-            least = smallest(anatomy, source, structures, asked.multiple_of)
-            raise ConfigError(
-                f"HardConcreteSelector.parameters is {self.parameters}: {', '.join(structures)} can shrink to "
-                f"{least:,} parameters at the least; raise `parameters`, add to `structures`, or lower `multiple_of`."
-            )
-        return shape

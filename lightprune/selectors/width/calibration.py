@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightprune.anatomy import Unit
+from lightprune.integrations.exact_metric import widest
 from lightprune.masks.forward_passes import TokenMask
-from lightprune.metrics import widest
 from lightprune.pipeline import Status
 from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
