@@ -171,7 +171,9 @@ def stated_defaults(path: Path) -> Iterator[tuple[type, str, str]]:
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_the_defaults_in_comments_are_those_of_the_classes(path: Path) -> None:
     for owner, argument, stated in stated_defaults(path):
-        parameters = inspect.signature(owner).parameters
+        parameters = {}  # those of the bases too, which `**settings` reach
+        for kind in reversed(owner.__mro__):
+            parameters |= inspect.signature(kind.__init__).parameters
         default = parameters[argument].default if argument in parameters else inspect.Parameter.empty
         if default is None or isinstance(default, (bool, int, float, str)):
             read = float(stated) if isinstance(default, float) else yaml.safe_load(stated)

@@ -13,8 +13,6 @@ from lightprune.anatomy.base import Site
 from lightprune.errors import check_choice
 from lightprune.importance.ranking import Metric, activation_scores, add_moments, magnitudes
 from lightprune.integrations.zero_params import gathered
-from lightprune.pipeline.steps import Steps
-from lightprune.selectors.counts import Keep
 from lightprune.selectors.width.calibration import CalibratedUnitSelector, accumulator
 
 Use = Callable[[Tensor], None]
@@ -31,32 +29,15 @@ class ActivationUnitSelector(CalibratedUnitSelector):
     weigh nothing.
 
     Args:
-        heads: query heads a layer that stay, a count or a ratio; None keeps all of each group that stays.
-        kv_groups: key-value heads a layer that stay, each with its query heads.
-        channels: MLP channels a layer that stay.
-        hidden: hidden dimensions that stay.
-        multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
         metric: "mean", the mean magnitude over tokens (Minitron, arXiv 2407.14679); "l2", the root of its mean square;
             or "fluctuation", the variance over tokens (FLAP, arXiv 2312.11983): what is constant could be a bias.
         weighted: weigh activations, as FLAP does, by the norms of the columns that read them: those of the projection
             that follows, for hidden dimensions those of all projections that read them.
-        start: the optimizer step at which the window opens.
-        stop: the optimizer step at which it closes.
+        settings: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `start`, `stop`.
     """
 
-    def __init__(
-        self,
-        heads: Keep = None,
-        kv_groups: Keep = None,
-        channels: Keep = None,
-        hidden: Keep = None,
-        multiple_of: int = 64,
-        metric: Metric = "l2",
-        weighted: bool = False,
-        start: Steps = 0,
-        stop: Steps = 16,
-    ) -> None:
-        super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop)
+    def __init__(self, *, metric: Metric = "l2", weighted: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
         self.metric: Metric = metric
         self.weighted = weighted
 

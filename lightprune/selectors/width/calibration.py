@@ -13,7 +13,6 @@ from lightprune.masks.forward_passes import TokenMask
 from lightprune.pipeline import Status
 from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
-from lightprune.selectors.counts import Keep
 from lightprune.selectors.width.units import UnitSelector
 
 
@@ -24,26 +23,13 @@ class CalibratedUnitSelector(UnitSelector):
     several ranks train, the sums are those of all of their batches.
 
     Args:
-        heads: query heads a layer that stay, a count or a ratio; None keeps all of each group that stays.
-        kv_groups: key-value heads a layer that stay, each with its query heads.
-        channels: MLP channels a layer that stay.
-        hidden: hidden dimensions that stay.
-        multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
         start: the optimizer step at which the window opens.
         stop: the optimizer step at which it closes.
+        counts: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`.
     """
 
-    def __init__(
-        self,
-        heads: Keep,
-        kv_groups: Keep,
-        channels: Keep,
-        hidden: Keep,
-        multiple_of: int,
-        start: Steps,
-        stop: Steps,
-    ) -> None:
-        super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop, hold_weights=True)
+    def __init__(self, *, start: Steps = 0, stop: Steps = 16, **counts: Any) -> None:
+        super().__init__(start=start, stop=stop, hold_weights=True, **counts)
         self._sums: dict[Unit, Tensor] = {}
         self._passes = 0
         self._scored = False  # whether the current forward pass is one to score

@@ -10,7 +10,6 @@ from lightprune.anatomy import Unit
 from lightprune.errors import check_choice
 from lightprune.importance.groups import Norm, unit_norms
 from lightprune.pipeline.steps import Steps
-from lightprune.selectors.counts import Keep
 from lightprune.selectors.width.units import UnitSelector
 
 
@@ -20,28 +19,15 @@ class MagnitudeUnitSelector(UnitSelector):
     A baseline, and a weak one in LLMs: what a unit does hangs on activations that its weights say little of.
 
     Args:
-        heads: query heads a layer that stay, a count or a ratio; None keeps all of each group that stays.
-        kv_groups: key-value heads a layer that stay, each with its query heads.
-        channels: MLP channels a layer that stay.
-        hidden: hidden dimensions that stay.
-        multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
         norm: "l2", the root of the mean of the squared weights, or "l1", the mean of their absolute values.
         start: the optimizer step at which the plan is made.
+        counts: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`.
     """
 
     needs_batches = False
 
-    def __init__(
-        self,
-        heads: Keep = None,
-        kv_groups: Keep = None,
-        channels: Keep = None,
-        hidden: Keep = None,
-        multiple_of: int = 64,
-        norm: Norm = "l2",
-        start: Steps = 0,
-    ) -> None:
-        super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, start, hold_weights=False)
+    def __init__(self, *, norm: Norm = "l2", start: Steps = 0, **counts: Any) -> None:
+        super().__init__(start=start, stop=start, hold_weights=False, **counts)
         self.norm: Norm = norm
 
     def check_settings(self) -> None:

@@ -1,6 +1,7 @@
 """Random units: the baseline that every selector of width has to beat."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,6 @@ from lightprune.anatomy import Unit
 from lightprune.errors import check_number
 from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
-from lightprune.selectors.counts import Keep
 from lightprune.selectors.width.units import UnitSelector
 
 
@@ -17,28 +17,15 @@ class RandomUnitSelector(UnitSelector):
     """Keeps units at random.
 
     Args:
-        heads: query heads a layer that stay, a count or a ratio; None keeps all of each group that stays.
-        kv_groups: key-value heads a layer that stay, each with its query heads.
-        channels: MLP channels a layer that stay.
-        hidden: hidden dimensions that stay.
-        multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
         seed: of a random generator of its own.
         start: the optimizer step at which the plan is made.
+        counts: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`.
     """
 
     needs_batches = False
 
-    def __init__(
-        self,
-        heads: Keep = None,
-        kv_groups: Keep = None,
-        channels: Keep = None,
-        hidden: Keep = None,
-        multiple_of: int = 64,
-        seed: int = 0,
-        start: Steps = 0,
-    ) -> None:
-        super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, start, hold_weights=False)
+    def __init__(self, *, seed: int = 0, start: Steps = 0, **counts: Any) -> None:
+        super().__init__(start=start, stop=start, hold_weights=False, **counts)
         self.seed = seed
 
     def check_settings(self) -> None:

@@ -10,8 +10,6 @@ from lightprune.anatomy import Unit
 from lightprune.anatomy.axes import CHANNELS, HEADS
 from lightprune.errors import check_choice
 from lightprune.masks.gates import change_input, change_output
-from lightprune.pipeline.steps import Steps
-from lightprune.selectors.counts import Keep
 from lightprune.selectors.width.calibration import CalibratedUnitSelector, accumulator
 
 Accumulate = Literal["squared", "absolute"]
@@ -30,28 +28,12 @@ class TaylorUnitSelector(CalibratedUnitSelector):
     multiplies is taken out, and batches that overflow under it are left out.
 
     Args:
-        heads: query heads a layer that stay, a count or a ratio; None keeps all of each group that stays.
-        kv_groups: key-value heads a layer that stay, each with its query heads.
-        channels: MLP channels a layer that stay.
-        hidden: hidden dimensions that stay.
-        multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
         accumulate: the mean over batches of the "squared" or of the "absolute" gradients.
-        start: the optimizer step at which the window opens.
-        stop: the optimizer step at which it closes.
+        settings: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `start`, `stop`.
     """
 
-    def __init__(
-        self,
-        heads: Keep = None,
-        kv_groups: Keep = None,
-        channels: Keep = None,
-        hidden: Keep = None,
-        multiple_of: int = 64,
-        accumulate: Accumulate = "squared",
-        start: Steps = 0,
-        stop: Steps = 16,
-    ) -> None:
-        super().__init__(heads, kv_groups, channels, hidden, multiple_of, start, stop)
+    def __init__(self, *, accumulate: Accumulate = "squared", **settings: Any) -> None:
+        super().__init__(**settings)
         self.accumulate: Accumulate = accumulate
         self._gates: dict[Unit, Tensor] = {}
 

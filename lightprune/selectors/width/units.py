@@ -25,6 +25,9 @@ class UnitSelector(Selector):
     groups that stay, channels and hidden dimensions by `multiple_of`.
 
     Args:
+        start: the optimizer step at which the window opens.
+        stop: the optimizer step at which it closes and the plan is made.
+        hold_weights: let the module's weights stand still in the window.
         heads: query heads a layer, the same number in every key-value group; None keeps all of each group that stays.
             Where every query head has a key-value head of its own, the one goes with the other.
         kv_groups: key-value heads a layer, each with its query heads; a group scores what its heads score together,
@@ -32,21 +35,19 @@ class UnitSelector(Selector):
         channels: MLP channels a layer.
         hidden: hidden dimensions.
         multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
-        start: the optimizer step at which the window opens.
-        stop: the optimizer step at which it closes and the plan is made.
-        hold_weights: let the module's weights stand still in the window.
     """
 
     def __init__(
         self,
-        heads: Keep,
-        kv_groups: Keep,
-        channels: Keep,
-        hidden: Keep,
-        multiple_of: int,
+        *,
         start: Steps,
         stop: Steps,
         hold_weights: bool,
+        heads: Keep = None,
+        kv_groups: Keep = None,
+        channels: Keep = None,
+        hidden: Keep = None,
+        multiple_of: int = 64,
     ) -> None:
         super().__init__(start, stop, hold_weights)
         self.counts = Counts(type(self).__name__, heads, kv_groups, channels, hidden, multiple_of)
