@@ -131,8 +131,8 @@ def load_causal_lm(
     if "gguf_file" in arguments:
         rank_zero_info(f"Loading {arguments['gguf_file']}: de-quantizing takes some seconds.")
     with _readable_errors(uri, "a causal LM"), _hub_for(uri), without_progress_bars():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**arguments)
-    lm, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+        loaded: object = AutoModelForCausalLM.from_pretrained(**arguments)
+    lm, report = cast(tuple[PreTrainedModel, dict[str, object]], loaded)
     if problems := loading_problems(report):
         raise ConfigError(
             f"The weights at {str(uri)!r} do not fit the model that their config describes: "

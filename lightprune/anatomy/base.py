@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -279,7 +278,7 @@ def shape_of(config: PretrainedConfig, family: Family) -> Shape:
 
 def module_at(root: nn.Module, path: str) -> nn.Module | None:
     """The submodule at a dotted path; None if there is none."""
-    module: Any = root
+    module: object = root
     for name in path.split("."):
         module = getattr(module, name, None)
     return module if isinstance(module, nn.Module) else None

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import lightning as L
 import torch
@@ -90,7 +90,7 @@ class PreemptionCheckpoint(Checkpoint):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: object,
         batch_idx: int,
     ) -> None:
         if trainer.global_step == self._step:  # gradients are being accumulated, which no checkpoint holds

@@ -85,7 +85,7 @@ class PruningProgressBar(TQDMProgressBar):
         super().on_train_start(trainer, pl_module)
         self._done = self.train_progress_bar.n
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: object) -> None:
         """Begin the epoch's bar; in the bar of a whole run, let the time of the first epoch begin."""
         bar = self.train_progress_bar
         if self._steps is None:
@@ -95,7 +95,7 @@ class PruningProgressBar(TQDMProgressBar):
             bar.start_t = bar.last_print_t = time.time()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Note the loss, which is read only where the bar is updated."""
         self._loss = _loss_of(outputs)
@@ -109,7 +109,7 @@ class PruningProgressBar(TQDMProgressBar):
         bar.set_postfix(self.get_metrics(trainer, pl_module))
         self._next_update = time.monotonic() + bar.mininterval
 
-    def on_train_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, *args: object) -> None:
         """Show how far the run came."""
         self._move()
         super().on_train_end(trainer, *args)
@@ -223,7 +223,7 @@ def _length(batches: float | list[int | float] | None) -> float | None:
     return convert_inf(batches)
 
 
-def _loss_of(outputs: Any) -> torch.Tensor | None:
+def _loss_of(outputs: object) -> torch.Tensor | None:
     """The loss of one batch, as callbacks get it: divided by the number of batches that one step accumulates."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     return loss.detach() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None

@@ -33,7 +33,7 @@ class RandomState(Callback):
             self.seed = torch.initial_seed() % 2**63
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         assert self.seed is not None
         batches = trainer.fit_loop.epoch_loop.total_batch_idx

@@ -106,7 +106,7 @@ class RunReport(FinishingCallback):
             self._metrics["start"] = run_validation(trainer)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Note which phase the batch belongs to: by its end the pipeline may have moved on."""
         pipeline = Pipeline.of(trainer)
@@ -115,7 +115,7 @@ class RunReport(FinishingCallback):
         self._phase = _phase(trainer)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Book the time since the last batch."""
         self._lap(self._phase)
@@ -164,7 +164,7 @@ class RunReport(FinishingCallback):
             self._mark = now
 
     def _count_tokens(
-        self, trainer: pl.Trainer, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, trainer: pl.Trainer, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         """A tensor total stays on its device: reading it at every step would stall a GPU."""
         if not is_training_pass(trainer):  # a selector searches on a batch that has been counted
@@ -177,7 +177,7 @@ class RunReport(FinishingCallback):
         elif seen is not None:
             self._tokens[self._phase] = self._tokens.get(self._phase, 0) + seen.shape[:2].numel()
 
-    def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, tokens: Mapping[str, int]) -> dict[str, Any]:
+    def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, tokens: Mapping[str, int]) -> dict[str, object]:
         pipeline = Pipeline.of(trainer)
         cuts = [] if pipeline is None else [cut for cut in pipeline.cuts if cut.done]
         plan = None if pipeline is None else pipeline.executed
@@ -208,7 +208,7 @@ class RunReport(FinishingCallback):
         }
 
 
-def recorded_precision(states: Mapping[str, Any]) -> str | None:
+def recorded_precision(states: Mapping[str, object]) -> str | None:
     """The precision that a report has noted in the states of a checkpoint's callbacks; None if there is none.
 
     Args:
@@ -222,7 +222,7 @@ def recorded_precision(states: Mapping[str, Any]) -> str | None:
     return None
 
 
-def write_summary(summary: Mapping[str, Any], directory: Path) -> Path:
+def write_summary(summary: Mapping[str, object], directory: Path) -> Path:
     """Write `summary.json`; an older one becomes `summary.1.json`, or takes the first number that is free.
 
     JSON has no infinities and no NaN: such numbers are written as null.
@@ -322,7 +322,7 @@ def _sum_over_ranks(trainer: pl.Trainer, count: int | torch.Tensor) -> int:
     return int(trainer.strategy.reduce(total, reduce_op="sum"))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -137,7 +137,7 @@ class LightpruneCLI(OpenCLI):
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(str(error)) from error
 
-    def _precision(self, config: Mapping[str, Any], callbacks: Sequence[Callback]) -> dict[str, str | None]:
+    def _precision(self, config: Mapping[str, object], callbacks: Sequence[Callback]) -> dict[str, str | None]:
         """What the trainer gets for `precision`; reports get the reason."""
         from lightprune.callbacks.run_report import RunReport
         from lightprune.cli.precision import choose_precision

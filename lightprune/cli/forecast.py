@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -66,5 +65,5 @@ def _steps(windows: Sequence[tuple[int, int | None]]) -> tuple[str, str]:
     return ", ".join(str(start) for start, _ in windows), ", ".join(stops)
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     return f"{len(value)} entries" if isinstance(value, list) else str(value)

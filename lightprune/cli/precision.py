@@ -39,7 +39,9 @@ class Choice:
     reason: str
 
 
-def choose_precision(trainer: Mapping[str, Any], callbacks: Sequence[Callback], ckpt_path: str | None) -> Choice | None:
+def choose_precision(
+    trainer: Mapping[str, object], callbacks: Sequence[Callback], ckpt_path: str | None
+) -> Choice | None:
     """The precision of a run, from the arguments of its trainer; on rank zero, one line says what `auto` became.
 
     A resumed run keeps the precision of the run that wrote the checkpoint. A new run gets bf16-mixed if all of its
@@ -84,7 +86,7 @@ def _other_choice(saved: str, here: Choice) -> str:
     return f" (a new run would get {here.used} here: {here.reason}{cost})"
 
 
-def _warn_if_emulated(trainer: Mapping[str, Any], stated: str) -> None:
+def _warn_if_emulated(trainer: Mapping[str, object], stated: str) -> None:
     if stated not in (*_IN_BFLOAT16, *_IN_FLOAT16):
         return
     # On a CPU, Lightning makes bf16-mixed of 16-mixed.
@@ -98,7 +100,7 @@ def _warn_if_emulated(trainer: Mapping[str, Any], stated: str) -> None:
         )
 
 
-def _brings_plugin(trainer: Mapping[str, Any]) -> bool:
+def _brings_plugin(trainer: Mapping[str, object]) -> bool:
     """Whether the config brings a precision plugin, which Lightning uses in place of the setting."""
     plugins = trainer["plugins"] or []
     plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -107,7 +109,7 @@ def _brings_plugin(trainer: Mapping[str, Any]) -> bool:
     return in_strategy or any(isinstance(plugin, Precision) for plugin in plugins)
 
 
-def _support(trainer: Mapping[str, Any], dtype: torch.dtype) -> Support:
+def _support(trainer: Mapping[str, object], dtype: torch.dtype) -> Support:
     devices, strategy = _devices(trainer), trainer["strategy"]
     forks = isinstance(strategy, str) and ("fork" in strategy or "notebook" in strategy)
     if forks and any(device.type == "cuda" for device in devices):

@@ -121,7 +121,7 @@ class StreamedBlocks:
     def _noted(self) -> "_Noted":
         return _Noted(BlockStarts(self.start, self.size, self.bos))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

@@ -1,7 +1,5 @@
 """`DomainCounts`: how much of each domain training has consumed, in the loggers."""
 
-from typing import Any
-
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
@@ -30,7 +28,7 @@ class DomainCounts(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._logged_at, self._warned = 0, set()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         if logs_now(trainer):
             self._log(trainer)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
 
 from lightprune.data.readers import as_texts, rows
 from lightprune.data.sources import Source
@@ -22,7 +21,7 @@ class DocumentStream(Iterator[str]):
         read: How many documents lie behind, those left out included.
     """
 
-    def __init__(self, source: Source, domain: str, read: int = 0, place: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, source: Source, domain: str, read: int = 0, place: Mapping[str, object] | None = None) -> None:
         self._hub = None if source.hub is None else source.load_stream(domain)
         if self._hub is None:
             self._texts = source.documents(domain)
@@ -45,6 +44,6 @@ class DocumentStream(Iterator[str]):
             pass
 
     @property
-    def place(self) -> dict[str, Any] | None:
+    def place(self) -> dict[str, object] | None:
         """Where a hub data set stands, as plain Python; None for files."""
         return None if self._hub is None else self._hub.state_dict()

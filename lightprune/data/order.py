@@ -1,7 +1,7 @@
 """The order in which a domain shows its blocks: a permutation for each pass, or for each window of a stream."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ class Supply(Protocol):
         """How many neighboring blocks are shuffled together."""
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """Plain Python that differs where the blocks differ, to know a checkpoint of other data by."""
 
     def ensure(self, count: int) -> int:
@@ -51,7 +51,7 @@ class FixedSupply:
         return self.count
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         return {"blocks": self.count, "text": self.text}
 
     def ensure(self, count: int) -> int:

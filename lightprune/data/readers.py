@@ -25,7 +25,7 @@ _FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
-_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSED: dict[str, Callable[..., object]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _PACKED = (".zst", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz")
 
 
@@ -39,7 +39,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def as_texts(values: Iterable[Any], field: str, domain: str) -> Iterator[str]:
+def as_texts(values: Iterable[object], field: str, domain: str) -> Iterator[str]:
     """The values of a text column; a null is an empty document, half of a surrogate pair (`\\ud800` in JSON) a "?".
 
     Raises:
@@ -74,7 +74,7 @@ def format_of(path: Path, key: str) -> str:
     return _FORMATS.get(suffix, "text")
 
 
-def read_files(paths: Sequence[Path], field: str, separator: str | None, domain: str) -> Iterator[Any]:
+def read_files(paths: Sequence[Path], field: str, separator: str | None, domain: str) -> Iterator[object]:
     """Yields the documents of files, each read by its suffix: see `Source.files`.
 
     Raises:
@@ -98,7 +98,7 @@ def read_files(paths: Sequence[Path], field: str, separator: str | None, domain:
             raise ConfigError(f"{key} names {path}, which cannot be read: {first_line(error).rstrip('.')}.") from error
 
 
-def rows(dataset: "datasets.IterableDataset", field: str, domain: str) -> Iterator[Any]:
+def rows(dataset: "datasets.IterableDataset", field: str, domain: str) -> Iterator[object]:
     """Yields a field of a streamed data set, never reading beyond the row that it yields.
 
     Raises:
@@ -117,7 +117,7 @@ def rows(dataset: "datasets.IterableDataset", field: str, domain: str) -> Iterat
         yield row[field]
 
 
-def column(dataset: "datasets.Dataset", field: str, domain: str) -> Iterator[Any]:
+def column(dataset: "datasets.Dataset", field: str, domain: str) -> Iterator[object]:
     """Yields a column of a data set that is all there.
 
     Raises:
@@ -160,7 +160,7 @@ def _split(chunks: Iterable[str], separator: str) -> Iterator[str]:
     yield "".join([*pieces, rest])
 
 
-def _table(path: Path, field: str, domain: str, delimiter: str) -> Iterator[Any]:
+def _table(path: Path, field: str, domain: str, delimiter: str) -> Iterator[object]:
     """A column of a table whose first line names the columns; a cell in quotes may hold line breaks."""
     import pyarrow as pa
     from pyarrow import csv
@@ -181,7 +181,7 @@ def _table(path: Path, field: str, domain: str, delimiter: str) -> Iterator[Any]
         raise OSError(first_line(error)) from error
 
 
-def _parquet(path: Path, field: str, domain: str) -> Iterator[Any]:
+def _parquet(path: Path, field: str, domain: str) -> Iterator[object]:
     from pyarrow import parquet
 
     try:
@@ -195,7 +195,7 @@ def _parquet(path: Path, field: str, domain: str) -> Iterator[Any]:
             yield from batch.column(0).to_pylist()
 
 
-def _json_lines(path: Path, field: str, domain: str) -> Iterator[Any]:
+def _json_lines(path: Path, field: str, domain: str) -> Iterator[object]:
     with _open(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightprune.data.builtin import BUILTIN
 from lightprune.data.readers import as_texts, column, first_line, format_of, key_of, read_files
@@ -63,7 +63,7 @@ class Source:
     def __post_init__(self) -> None:
         # Paths may be given as such, and files in any kind of sequence.
         for name in ("hub", "saved", "files"):
-            value: Any = getattr(self, name)
+            value: object = getattr(self, name)
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
             elif isinstance(value, Sequence) and not isinstance(value, str):
@@ -130,7 +130,7 @@ class Source:
             if not all(isinstance(part, wanted) for part in parts):
                 raise ConfigError(f"{key_of(domain)}.{field.name} is {value!r}: it must be {words}.")
 
-    def identity(self, domain: str) -> dict[str, Any]:
+    def identity(self, domain: str) -> dict[str, object]:
         """What the token cache knows the text by: the options, and path, size and time of every local file.
 
         Raises:
@@ -159,7 +159,7 @@ class Source:
         """
         return self._from_hub(domain, streaming=True)
 
-    def _values(self, domain: str) -> Iterable[Any]:
+    def _values(self, domain: str) -> Iterable[object]:
         if self.hub is not None:
             return column(self._from_hub(domain), self.text, domain)
         if self.saved is not None:
@@ -180,9 +180,9 @@ class Source:
         paths = [path for pattern in patterns for path in _expand(pattern, f"{key_of(domain)}.files")]
         return list(dict.fromkeys(paths))
 
-    def _stamp(self, path: Path, domain: str) -> list[Any]:
+    def _stamp(self, path: Path, domain: str) -> list[object]:
         stat = path.stat()
-        stamp: list[Any] = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
+        stamp: list[object] = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
         if self.files is not None:
             kind = format_of(path, f"{key_of(domain)}.files")
             # Earlier releases read these as prose. What they cached of all others stays valid.
@@ -201,7 +201,7 @@ class Source:
         path = None if self.hub is None else Path(self.hub).expanduser()
         return path if path is not None and path.is_dir() else None
 
-    def _from_hub(self, domain: str, **options: Any) -> Any:
+    def _from_hub(self, domain: str, **options: object) -> object:
         import datasets
 
         options |= {"split": self.split, "revision": self.revision}

@@ -47,7 +47,7 @@ class Progress:
 
     tokens: int = 0
     documents: int = 0
-    place: dict[str, Any] | None = None
+    place: dict[str, object] | None = None
     ended: bool = False
     filled: int = 0
 

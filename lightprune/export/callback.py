@@ -168,7 +168,7 @@ def card_of(trainer: L.Trainer, *, last_validation: Mapping[str, float] | None =
     for number, cut in enumerate(cuts, start=1):
         name = "the cut" if len(cuts) == 1 else f"cut {number}"
         metrics |= {f"{moment} {name}": values for moment, values in cut.metrics.items()}
-    data: dict[str, Any] = {"optimizer steps": trainer.global_step}
+    data: dict[str, object] = {"optimizer steps": trainer.global_step}
     domains = getattr(data_of(trainer), "domain_names", ())
     if domains:
         data["domains"] = ", ".join(domains)

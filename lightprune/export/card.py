@@ -29,7 +29,7 @@ class Card(TypedDict, total=False):
     """
 
     parameters: Mapping[str, int]
-    data: Mapping[str, Any]
+    data: Mapping[str, object]
     metrics: Mapping[str, Mapping[str, float]]
 
 
@@ -125,7 +125,7 @@ def _metrics_section(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
     return ["## Metrics", _table(("", *moments), rows)]
 
 
-def _table(header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
     """A Markdown table."""
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)

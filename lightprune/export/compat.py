@@ -63,7 +63,7 @@ def _positions(config: Mapping[str, Any]) -> Any:
     return None if rope is None else {name: value for name, value in rope.items() if name != "type"}
 
 
-def least_version(config: Mapping[str, Any]) -> str:
+def least_version(config: Mapping[str, object]) -> str:
     """The least version of `transformers` that computes the same from a config with the older fields."""
     # 4.57 scales the scores of GPT-2's layers by their index only where it attends eagerly.
     read = config["model_type"] in READ_BY_4 and not config.get("scale_attn_by_inverse_layer_idx")
@@ -81,7 +81,7 @@ def older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Version 5 reads them too, and takes them for the same.
     """
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     if config["model_type"] == "qwen3_moe" and "num_local_experts" in config:
         fields["num_experts"] = config["num_local_experts"]
     rope = config.get("rope_parameters")
@@ -99,7 +99,7 @@ def older_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _scaling(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+def _scaling(config: Mapping[str, object], rope: Mapping[str, object]) -> dict[str, object]:
     scaling = {name: value for name, value in rope.items() if name not in _BESIDE_SCALING}
     if config["model_type"] == "phi3":  # which takes exactly these
         return {"type": scaling["rope_type"]} | {n: scaling[n] for n in ("short_factor", "long_factor") if n in scaling}

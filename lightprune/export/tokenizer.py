@@ -1,7 +1,5 @@
 """The tokenizer that goes along with a model: given, or found where modules and data modules usually keep theirs."""
 
-from typing import Any
-
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +12,7 @@ from lightprune.integrations.lightning import data_of
 NAMES = ("tokenizer", "processing_class", "processor")
 
 
-def tokenizer_of(trainer: L.Trainer, module: L.LightningModule, data: Any = None) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(trainer: L.Trainer, module: L.LightningModule, data: object = None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the module, or else of the data module; None if neither has one.
 
     Args:
@@ -31,7 +29,7 @@ def tokenizer_of(trainer: L.Trainer, module: L.LightningModule, data: Any = None
     return None
 
 
-def given_tokenizer(tokenizer: Any, key: str) -> PreTrainedTokenizerBase | None:
+def given_tokenizer(tokenizer: object, key: str) -> PreTrainedTokenizerBase | None:
     """What a setting names: a tokenizer itself, or the path or Hub id of one; None for None.
 
     Raises:
@@ -55,7 +53,7 @@ def warn_of_none(key: str) -> None:
     )
 
 
-def _attribute(owner: Any, name: str) -> Any:
+def _attribute(owner: object, name: str) -> object:
     try:
         return getattr(owner, name, None)
     except Exception:  # a property of somebody else's, such as a module whose source holds no tokenizer

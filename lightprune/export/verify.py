@@ -2,7 +2,7 @@
 
 from functools import reduce
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def verify_export(path: Path, lm: PreTrainedModel, out: Outgoing) -> None:
         raise ExportError(f"training has broken the model: {broken}")
     dtypes = {p.dtype for p in out.model.parameters() if p.is_floating_point()}
     with attention_that_runs(lm):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: object = AutoModelForCausalLM.from_pretrained(
             path,
             # Weights of several dtypes are exact in the widest alone: "auto" rounds all to that of the config.
             dtype="auto" if len(dtypes) < 2 else reduce(torch.promote_types, dtypes),
@@ -44,7 +44,7 @@ def verify_export(path: Path, lm: PreTrainedModel, out: Outgoing) -> None:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-        reloaded, report = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+        reloaded, report = cast(tuple[PreTrainedModel, dict[str, object]], loaded)
         differences = loading_problems(report) or _differences(reloaded, lm, out)
     if differences:
         raise ExportError(f"the reloaded model differs: {', '.join(differences)}")

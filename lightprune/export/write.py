@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -164,7 +163,7 @@ def _save_raw(lm: PreTrainedModel, draft: Path) -> None:
     lm.config.to_json_file(draft / "config.json", use_diff=False)
 
 
-def _on_host(value: Any) -> Any:
+def _on_host(value: object) -> object:
     return value.cpu() if isinstance(value, Tensor) else value
 
 

@@ -5,7 +5,7 @@ m = n * rows columns.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -92,10 +92,10 @@ def highest_heads(head_scores: Tensor, group_scores: Tensor, target: Shape) -> l
     ]
 
 
-def rounded(scores: Tensor) -> Any:
+def rounded(scores: Tensor) -> object:
     """Scores as nested lists of numbers with four significant digits, for JSON."""
 
-    def shortened(values: Any) -> Any:
+    def shortened(values: object) -> object:
         return [shortened(value) for value in values] if isinstance(values, list) else float(f"{values:.4g}")
 
     return shortened(scores.tolist())

@@ -7,7 +7,6 @@ old one; DeepSpeed writes into the old directory. A process that is killed meanw
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import Strategy
@@ -25,7 +24,10 @@ def save_atomically(strategy: Strategy) -> Callable[[], None]:
     """
 
     def save(
-        original: Callable[..., None], checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+        original: Callable[..., None],
+        checkpoint: dict[str, object],
+        filepath: str | Path,
+        storage_options: object = None,
     ) -> None:
         # Lightning 2.6.6: `_checkpoint_io`; the public property makes a default one. Without it asynchronous saves
         # would be moved before they are written.

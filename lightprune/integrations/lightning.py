@@ -101,7 +101,7 @@ def check_causal_lm(lm: object, wanted_by: str) -> None:
         )
 
 
-def shadow_method(owner: Any, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+def shadow_method(owner: object, name: str, replacement: Callable[..., object]) -> Callable[[], None]:
     """Shadow a method on one instance; `replacement` gets the original first. Returns what takes the shadow away."""
     original = getattr(owner, name)
     before = vars(owner).get(name)

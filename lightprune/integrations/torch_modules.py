@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ def unsaved_buffers(module: nn.Module) -> list[str]:
     return [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
 
 
-def gradient_hooks(parameter: nn.Parameter) -> list[Any]:
+def gradient_hooks(parameter: nn.Parameter) -> list[object]:
     """The hooks that wait for a parameter's gradient."""
     # torch 2.13: `_backward_hooks` and `_post_accumulate_grad_hooks`. Without them hooks that a cut loses go unnoticed.
     return [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
@@ -62,10 +61,10 @@ def is_fused(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
-def inner_schedulers(scheduler: Any) -> Sequence[Any]:
+def inner_schedulers(scheduler: object) -> Sequence[object]:
     """The schedulers that a SequentialLR or a ChainedScheduler runs."""
     # torch 2.13: `_schedulers`. Without it these would keep the rates of groups that are gone.
-    schedulers: Sequence[Any] = getattr(scheduler, "_schedulers", ())
+    schedulers: Sequence[object] = getattr(scheduler, "_schedulers", ())
     return schedulers
 
 

@@ -26,7 +26,7 @@ class TokenMask:
     def watch(self, decoder: nn.Module) -> RemovableHandle:
         """Follow the calls of `Anatomy.decoder` until the handle is removed."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             self.mask = attention_mask_of(call_inputs(module, args, kwargs))
 
         return decoder.register_forward_pre_hook(hook, with_kwargs=True)
@@ -65,7 +65,7 @@ def on_output(layer: nn.Module, use: Callable[[Tensor, Tensor], None]) -> Remova
     return layer.register_forward_hook(hook, prepend=True)
 
 
-def call_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+def call_inputs(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Tensor]:
     """The tensors that a call of `module` was given, by name, without gradients; a KV cache is left out."""
     if args:  # families differ in what comes second
         _, *parameters = inspect.signature(type(module).forward).parameters.values()

@@ -64,7 +64,7 @@ def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Remov
 def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """Let a module give `change(y)` for its output y, until the handle is removed."""
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> Tensor:
         return change(output)
 
     return module.register_forward_hook(hook)

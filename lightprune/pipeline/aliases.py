@@ -178,7 +178,7 @@ def _sizes(weight: Weight, anatomy: Anatomy, units: Collection[Structure]) -> It
             yield length(axis, anatomy.shape)
 
 
-def _held(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+def _held(value: object, path: str, depth: int) -> Iterator[tuple[str, object]]:
     """Modules and parameters in a value, or in plain containers that it is, with their paths."""
     if isinstance(value, (nn.Module, nn.Parameter)):
         yield path, value

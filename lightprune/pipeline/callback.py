@@ -1,7 +1,5 @@
 """`PruningCallback`: the Lightning hooks of a part."""
 
-from typing import Any
-
 import lightning as L
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch.optim import Optimizer
@@ -25,7 +23,7 @@ class PruningCallback(Part):
             pipeline.check_run()
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         if pipeline := self._driven(trainer):
             pipeline.begin_batch()
@@ -39,7 +37,7 @@ class PruningCallback(Part):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: object,
         batch_idx: int,
     ) -> None:
         if pipeline := self._driven(trainer):

@@ -80,7 +80,7 @@ class PipelineView(Protocol):
     def log(self, metrics: Mapping[str, float]) -> None:
         """Write metrics to the trainer's loggers."""
 
-    def shadow(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    def shadow(self, owner: object, name: str, replacement: Callable[..., object]) -> None:
         """Shadow a method on an instance until the pipeline closes."""
 
 

@@ -214,7 +214,7 @@ class Pipeline:
         self.shadow(self.trainer.strategy, "load_checkpoint", self._load_checkpoint)
         self._unwrap += self._step_hooks.open()
 
-    def shadow(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+    def shadow(self, owner: object, name: str, replacement: Callable[..., object]) -> None:
         """Shadow a method on the instance until `close`; `replacement` gets the original first."""
         self._unwrap.append(shadow_method(owner, name, replacement))
 
@@ -223,14 +223,14 @@ class Pipeline:
         with whole_construction():  # the checks build models of their own
             self.attach()
 
-    def _make_optimizers(self, original: Callable[..., Any], *args: Any) -> Any:
+    def _make_optimizers(self, original: Callable[..., object], *args: object) -> object:
         made = original(*args)
         self.adapter.check_made(self.adapter.made(made))
         return made
 
     def _load_checkpoint(
         self, original: Callable[..., dict[str, Any]], checkpoint_path: str | Path, *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         run_checks.check_checkpoint(checkpoint_path, self.trainer.strategy.checkpoint_io)
         checkpoint = self.adapter.load(original, self._restructure, checkpoint_path, *args, **kwargs)
         if not self.fitting:

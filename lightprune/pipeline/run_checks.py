@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from zipfile import is_zipfile
 
 from lightning.fabric.plugins.io import CheckpointIO, TorchCheckpointIO
@@ -49,7 +48,7 @@ def check_checkpoint(path: str | Path, io: CheckpointIO | None = None) -> None:
         raise ConfigError(f"{str(path)!r} is no checkpoint, or not a whole one: name another one in `ckpt_path`.")
 
 
-def check_resume(parts: Sequence[Part], states: Mapping[str, Any]) -> None:
+def check_resume(parts: Sequence[Part], states: Mapping[str, object]) -> None:
     """Check that the states in a checkpoint are those of these parts.
 
     Raises:

@@ -49,7 +49,7 @@ class StepHooks:
     def watch(self, decoder: nn.Module) -> list[RemovableHandle]:
         """Note the passes of `Anatomy.decoder` that train, and who computes their gradients, until the handles go."""
 
-        def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def note(module: nn.Module, inputs: tuple[object, ...]) -> None:
             self._forwarded = self._forwarded or is_training_pass(self._adapter.trainer)
 
         def follow(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -109,7 +109,7 @@ class StepHooks:
         original: Callable[..., Tensor],
         loss: Tensor,
         optimizer: Optimizer | None,
-        *args: Any,
+        *args: object,
         **kwargs: Any,
     ) -> Tensor:
         if self._forwarded:
@@ -130,13 +130,13 @@ class StepHooks:
 
     def _optimizer_step(
         self,
-        original: Callable[..., Any],
+        original: Callable[..., object],
         optimizer: Optimizer,
-        closure: Callable[[], Any],
-        *args: Any,
+        closure: Callable[[], object],
+        *args: object,
         **kwargs: Any,
-    ) -> Any:
-        def checked() -> Any:
+    ) -> object:
+        def checked() -> object:
             result = closure()
             self._check_backward()  # before any weight moves
             return result

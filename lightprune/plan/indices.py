@@ -1,13 +1,11 @@
 """Reading and writing the parts of a pruning plan as JSON values, with errors that name the field."""
 
-from typing import Any
-
 from lightprune.errors import ConfigError, is_whole
 
 Indices = tuple[int, ...]
 
 
-def indices(name: str, values: Any) -> Indices:
+def indices(name: str, values: object) -> Indices:
     """Indices from a JSON list; `name` is the field, for the error.
 
     Raises:
@@ -18,7 +16,7 @@ def indices(name: str, values: Any) -> Indices:
     return tuple(values)
 
 
-def indices_per_layer(name: str, values: Any) -> tuple[Indices, ...] | None:
+def indices_per_layer(name: str, values: object) -> tuple[Indices, ...] | None:
     """Indices for every layer from a JSON list of lists; None from null.
 
     Raises:
@@ -31,12 +29,12 @@ def indices_per_layer(name: str, values: Any) -> tuple[Indices, ...] | None:
     return tuple(indices(f"{name}[{layer}]", entry) for layer, entry in enumerate(values))
 
 
-def listed(kept: Any) -> Any:
+def listed(kept: object) -> object:
     """Nested tuples as the lists that JSON has; anything else as it is."""
     return [listed(entry) for entry in kept] if isinstance(kept, tuple) else kept
 
 
-def shortened(values: Any) -> str:
+def shortened(values: object) -> str:
     """Values as an error can show them, however many they are."""
     text = str(list(values) if isinstance(values, tuple) else values)
     return text if len(text) <= 80 else text[:60] + " ... " + text[-15:]

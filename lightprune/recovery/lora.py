@@ -67,7 +67,7 @@ class LoRARecovery(PruningCallback):
         self.use_rslora = use_rslora
         self.seed = seed
         self._adapters: Adapters | None = None
-        self._settings: dict[str, Any] = {}
+        self._settings: dict[str, object] = {}
         self._before: Groups = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -167,7 +167,7 @@ class LoRARecovery(PruningCallback):
         assert self._adapters is not None
         self._before = substitute(optimizers, self._adapters.substitutes)
 
-    def _make_optimizers(self, original: Callable[..., Any], *args: Any) -> Any:
+    def _make_optimizers(self, original: Callable[..., object], *args: object) -> object:
         """On a resume, let the module make its optimizers as at the start, for the model without adapters."""
         if self._adapters is None:
             return original(*args)
@@ -176,7 +176,7 @@ class LoRARecovery(PruningCallback):
         self._enter(self.pipeline.adapter.made(made))
         return made
 
-    def _resolved(self) -> dict[str, Any]:
+    def _resolved(self) -> dict[str, object]:
         """What decides the shapes of the adapters and what they do."""
         return {
             "r": self.r,

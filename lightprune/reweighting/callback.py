@@ -109,7 +109,7 @@ class DomainReweighting(FinishingCallback):
         vars(self).update(every=every, start=start, stop=stop)  # shares of the run until `setup`
         self.dynamic_ratio = dynamic_ratio
         self.history = History(HISTORY)
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[str, object] = {}
         self._ready = False
         self._lm: PreTrainedModel
         self._domains: list[str]
@@ -186,7 +186,7 @@ class DomainReweighting(FinishingCallback):
     # Training.
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         if self._validation_due:  # the checkpoint was saved between the last step and its validation
             pipeline = Pipeline.of(trainer)
@@ -198,7 +198,7 @@ class DomainReweighting(FinishingCallback):
             self._watched["training"].begin(watched)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         losses = self._watched["training"].take(outputs) if "training" in self._watched else None
         self._training.add(DomainBatch.of(batch, len(self._domains)), losses)
@@ -277,7 +277,7 @@ class DomainReweighting(FinishingCallback):
             self._validation.reset()
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._validation_wanted(trainer):
             self._watched["validation"].begin(DomainBatch.of(batch, len(self._domains)))
@@ -286,7 +286,7 @@ class DomainReweighting(FinishingCallback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Any,
+        outputs: object,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,

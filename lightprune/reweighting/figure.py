@@ -22,7 +22,7 @@ def domain_figure(domains: Sequence[str], history: Sequence[Mapping[str, Any]]) 
     weight, loss, excess = figure.subplots(3, sharex=True)
     steps = [row["step"] for row in history]
     for index, domain in enumerate(domains):
-        line: dict[str, Any] = {
+        line: dict[str, object] = {
             "color": _COLORS[index % len(_COLORS)],
             "marker": _MARKERS[index // len(_COLORS) % len(_MARKERS)],
         }

@@ -15,11 +15,11 @@ class History:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[dict[str, object]] = []
         self._appended = 0
         self._stride = 1
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Mapping[str, object]) -> None:
         """Add a row of plain values."""
         if self._appended % self._stride == 0:
             if len(self._rows) == self.capacity:
@@ -32,10 +32,10 @@ class History:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, object]]:
         return iter(self._rows)
 
-    def column(self, name: str) -> list[Any]:
+    def column(self, name: str) -> list[object]:
         """One value of each row."""
         return [row[name] for row in self._rows]
 

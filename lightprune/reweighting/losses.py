@@ -86,7 +86,7 @@ class SampleLosses:
         """Expect the forward pass of this batch."""
         self._batch, self._seen = batch, None
 
-    def take(self, outputs: Any) -> tuple[Tensor, Tensor] | None:
+    def take(self, outputs: object) -> tuple[Tensor, Tensor] | None:
         """The losses of the batch that has ended, whose step returned `outputs`; None if the module skipped it.
 
         Raises:
@@ -111,7 +111,7 @@ class SampleLosses:
             self._handle.remove()
             self._handle = None
 
-    def _watch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _watch(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         logits, batch = _logits_of(output), self._batch
         if batch is None or self._seen is not None or not isinstance(logits, Tensor) or not self._watching():
             return
@@ -120,7 +120,7 @@ class SampleLosses:
                 self._seen = token_losses(logits, batch.labels)
 
 
-def _logits_of(output: Any) -> Any:
+def _logits_of(output: object) -> object:
     """The logits in what an LM gives: by name, or with `return_dict=False` first, or behind the loss."""
     if isinstance(output, tuple) and not hasattr(output, "logits"):
         return next((value for value in output[:2] if isinstance(value, Tensor) and value.ndim == 3), None)

@@ -162,7 +162,7 @@ class LayerSelector(Selector):
         self.protect_last = protect_last
 
     @abstractmethod
-    def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
+    def choose_layers(self) -> tuple[list[int], dict[str, object]]:
         """The layers to drop, and what was seen, for the plan's provenance: plain JSON values."""
 
     @property

@@ -21,7 +21,7 @@ from lightprune.surgery import Rows, cut_model, remove_parameters, replace_param
 
 Checkpoint = dict[str, Any]
 # Gives the model the shape that it had, by the callbacks' states in a checkpoint.
-Restructure = Callable[[Mapping[str, Any]], None]
+Restructure = Callable[[Mapping[str, object]], None]
 # For a new parameter, the one in whose place it is, and the rows that it has of that.
 Replaced = dict[nn.Parameter, tuple[nn.Parameter, Rows]]
 
@@ -60,7 +60,7 @@ class StrategyAdapter(ABC):
         """The user's own optimizers, without what the strategy wraps around them."""
         return list(self.trainer.optimizers)
 
-    def made(self, returned: Any) -> list[Optimizer]:
+    def made(self, returned: object) -> list[Optimizer]:
         """The optimizers that `makes_optimizers` has just made and, perhaps, `returned`."""
         return self.optimizers
 
@@ -234,6 +234,6 @@ class StrategyAdapter(ABC):
         return values
 
 
-def schedulers_of(trainer: L.Trainer, optimizer: Optimizer) -> list[Any]:
+def schedulers_of(trainer: L.Trainer, optimizer: Optimizer) -> list[object]:
     """The schedulers that drive an optimizer."""
     return [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer]

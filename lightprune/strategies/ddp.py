@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import DDPStrategy
@@ -25,7 +24,7 @@ class DDP(StrategyAdapter):
         super().__init__(trainer)
         # Lightning 2.6.6: `_ddp_kwargs` is read when the model is wrapped. Without it unused parameters could not be
         # allowed for a while.
-        self._options: dict[str, Any] = self.strategy._ddp_kwargs
+        self._options: dict[str, object] = self.strategy._ddp_kwargs
 
     def check(self) -> None:
         if self._options.get("static_graph"):

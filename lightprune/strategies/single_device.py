@@ -36,5 +36,5 @@ class SingleDevice(StrategyAdapter):
     def mean(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: object) -> object:
         return value

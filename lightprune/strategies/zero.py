@@ -55,7 +55,7 @@ class Fragments:
     shape: torch.Size
     start: int
     tensors: Mapping[str, Tensor]
-    others: Mapping[str, Any]
+    others: Mapping[str, object]
 
     def whole(self, name: str, device: torch.device) -> Tensor:
         """The whole of one tensor, from all ranks, on the device that they talk through; every rank must ask."""
@@ -81,7 +81,7 @@ def places_of(zero: Any) -> dict[nn.Parameter, Place]:
     return dict(_places_of_stage_3(zero) if is_stage_3(zero) else _places_of_stages_1_and_2(zero))
 
 
-def is_stage_3(zero: Any) -> bool:
+def is_stage_3(zero: object) -> bool:
     """Whether the parameters themselves are partitioned."""
     return hasattr(zero, "fp32_partitioned_groups_flat")
 
@@ -131,7 +131,7 @@ def take(
     """
     wanted = set(kept)
     found: dict[nn.Parameter, dict[str, Tensor]] = {parameter: {} for parameter in places if parameter in wanted}
-    others: dict[Tensor, dict[str, Any]] = {}
+    others: dict[Tensor, dict[str, object]] = {}
     for flat in dict.fromkeys(place.flat for place in places.values()):
         state = optimizer.state.pop(flat, {})
         long = {name: value for name, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape}

@@ -37,7 +37,7 @@ def model_states(path: str | Path) -> dict[str, Any]:
     raise ConfigError(f"There is no DeepSpeed checkpoint at {str(path)!r}: it has no {folder.name}/{_MODEL_STATES[0]}.")
 
 
-def whole_checkpoint(path: str | Path) -> dict[str, Any]:
+def whole_checkpoint(path: str | Path) -> dict[str, object]:
     """A checkpoint as Lightning saves it elsewhere: with `state_dict`, all weights under their names, tied ones too."""
     states = model_states(path)
     weights = dict(states.pop("module"))
@@ -90,7 +90,7 @@ def safe_loading(engine: Any) -> Iterator[None]:
 
 def _load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     with torch.serialization.safe_globals(_plain_classes()):
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        loaded: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     return loaded
 
 

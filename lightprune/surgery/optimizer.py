@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +34,7 @@ def replace_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter
         }
 
 
-def remove_parameters(optimizer: Optimizer, schedulers: Collection[Any], removed: Collection[nn.Parameter]) -> None:
+def remove_parameters(optimizer: Optimizer, schedulers: Collection[object], removed: Collection[nn.Parameter]) -> None:
     """Take `removed` out of an optimizer, in place, with the moments that belong to them.
 
     The parameters that stay keep their moments, step counts, group options and order; groups that lose their last
@@ -57,20 +56,20 @@ def remove_parameters(optimizer: Optimizer, schedulers: Collection[Any], removed
     _drop_groups(optimizer, schedulers, surviving)
 
 
-def drop_empty_groups(optimizer: Optimizer, schedulers: Collection[Any]) -> None:
+def drop_empty_groups(optimizer: Optimizer, schedulers: Collection[object]) -> None:
     """Take groups without a parameter that trains out of an optimizer and the `schedulers` that drive it."""
     trains = [any(parameter.requires_grad for parameter in group["params"]) for group in optimizer.param_groups]
     _drop_groups(optimizer, schedulers, [index for index, any_trains in enumerate(trains) if any_trains])
 
 
-def _drop_groups(optimizer: Optimizer, schedulers: Collection[Any], surviving: list[int]) -> None:
+def _drop_groups(optimizer: Optimizer, schedulers: Collection[object], surviving: list[int]) -> None:
     num_groups = len(optimizer.param_groups)
     optimizer.param_groups[:] = [optimizer.param_groups[index] for index in surviving]
     for scheduler in schedulers:
         _keep_groups(scheduler, surviving, num_groups)
 
 
-def _keep_groups(scheduler: Any, surviving: list[int], num_groups: int) -> None:
+def _keep_groups(scheduler: object, surviving: list[int], num_groups: int) -> None:
     for nested in inner_schedulers(scheduler):
         _keep_groups(nested, surviving, num_groups)
     for name in _PER_GROUP_LISTS:

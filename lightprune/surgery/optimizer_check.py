@@ -83,13 +83,13 @@ def check_groups_hold_all(optimizer: Optimizer) -> None:
             )
 
 
-def _items(value: Any) -> Iterable[Any]:
+def _items(value: object) -> Iterable[object]:
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     return value if isinstance(value, (list, tuple, set)) else ()
 
 
-def _can_be_sliced(value: Any, parameter: Tensor) -> bool:
+def _can_be_sliced(value: object, parameter: Tensor) -> bool:
     if not torch.is_tensor(value):
         return value is None or isinstance(value, (bool, int, float, str))
     # A subclass packs its numbers in a way of its own.
@@ -97,7 +97,7 @@ def _can_be_sliced(value: Any, parameter: Tensor) -> bool:
     return plain and (value.ndim == 0 or value.shape == parameter.shape or value.numel() == 1)
 
 
-def _in_words(value: Any) -> str:
+def _in_words(value: object) -> str:
     if torch.is_tensor(value):
         return f"a {type(value).__name__} {list(value.shape)}"
     return f"a {type(value).__name__}"
@@ -105,7 +105,7 @@ def _in_words(value: Any) -> str:
 
 def _tried_out(
     optimizer: Optimizer, group: dict[str, Any], flat: torch.device | None
-) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+) -> Iterator[tuple[Tensor, Mapping[str, object]]]:
     """The state of a parameter of each number of dimensions in a group, after one step of a copy of the optimizer."""
     models: dict[int, Tensor] = {parameter.ndim: parameter for parameter in group["params"]}
     if not models and flat is not None:
@@ -121,7 +121,7 @@ def _tried_out(
         yield stand_in, trial.state[stand_in]
 
 
-def _copy_for(optimizer: Optimizer, group: dict[str, Any]) -> Optimizer:
+def _copy_for(optimizer: Optimizer, group: dict[str, object]) -> Optimizer:
     """An optimizer of the same class, with the same attributes, of another group, and without state and hooks."""
     trial: Optimizer = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():

@@ -149,7 +149,7 @@ def is_tied(lm: PreTrainedModel) -> bool:
     return head is not None and head.weight is embedding.weight
 
 
-def _carried(config: PretrainedConfig, target: type[PretrainedConfig], **values: Any) -> PretrainedConfig:
+def _carried(config: PretrainedConfig, target: type[PretrainedConfig], **values: object) -> PretrainedConfig:
     """What a Llama's config declares, in another class.
 
     What somebody added to the config stays behind: it means nothing to a Llama, and might to the other class.

@@ -56,7 +56,7 @@ class BlockInfluenceSelector(LayerSelector):
 
         return use
 
-    def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
+    def choose_layers(self) -> tuple[list[int], dict[str, object]]:
         influences, tokens = self.pipeline.adapter.sum(self._sums)
         if not tokens.any():
             raise self.seen_nothing()

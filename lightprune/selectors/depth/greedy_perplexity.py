@@ -52,10 +52,10 @@ class GreedyPerplexitySelector(LayerSelector):
             ]
         super().advance(step)
 
-    def _note_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note_labels(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._labels = call_inputs(module, args, kwargs).get("labels")
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _keep(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Keep what the decoder is given, whoever calls it, and the labels, if the LM itself was called with any."""
         labels, self._labels = self._labels, None
         if not self.pipeline.training:
@@ -69,7 +69,7 @@ class GreedyPerplexitySelector(LayerSelector):
         if self.open:
             self._batches.append({name: tensor.clone() for name, tensor in inputs.items()})
 
-    def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
+    def choose_layers(self) -> tuple[list[int], dict[str, object]]:
         self.detach()
         lm = self.pipeline.lm
         layers = self.pipeline.anatomy.layers
@@ -142,9 +142,9 @@ class GreedyPerplexitySelector(LayerSelector):
         self._batches = state["batches"][trainer.global_rank :: trainer.world_size]
 
 
-def _call(lm: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def _call(lm: nn.Module, inputs: dict[str, Tensor]) -> dict[str, object]:
     """The arguments of a pass for the logits alone: a mixture of experts finds no routing where layers are left out."""
-    arguments: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
+    arguments: dict[str, object] = {name: value for name, value in inputs.items() if name != "labels"}
     if hasattr(lm.config, "output_router_logits"):
         arguments["output_router_logits"] = False
     return {**arguments, "use_cache": False, "return_dict": True}

@@ -1,7 +1,6 @@
 """Random layers: the baseline that every selector has to beat."""
 
 import random
-from typing import Any
 
 from lightprune.errors import check_number
 from lightprune.pipeline.steps import Steps
@@ -32,7 +31,7 @@ class RandomSelector(LayerSelector):
         super().check_settings()
         check_number(self, "seed", self.seed, whole=True)
 
-    def choose_layers(self) -> tuple[list[int], dict[str, Any]]:
+    def choose_layers(self) -> tuple[list[int], dict[str, object]]:
         return random.Random(self.seed).sample(self.candidates, self.drop), {"seed": self.seed}
 
     def foresee(self) -> PruningPlan | None:

@@ -299,7 +299,7 @@ class HardConcreteSelector(Selector):
             return
         anatomy = self.pipeline.anatomy
         masks = self._masks = MaskSet(anatomy.shape, self.target(anatomy.shape), anatomy.lm.device)
-        groups: list[dict[str, Any]] = [
+        groups: list[dict[str, object]] = [
             {"params": list(masks.logits.values()), "lr": self.lr},
             {"params": [masks.multipliers], "lr": self.multiplier_lr, "maximize": True},
         ]
@@ -314,7 +314,7 @@ class HardConcreteSelector(Selector):
         self._units = UnitValues(self.pipeline.anatomy, self._masks.deterministic(progress))
         self._handles.append(self._units)
 
-    def _before_forward(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _before_forward(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
         assert self._masks is not None
         assert self._units is not None
         if not self.pipeline.training:
@@ -328,7 +328,7 @@ class HardConcreteSelector(Selector):
         if self._units.values is not self._draw.leaves:
             self._units.set(self._draw.leaves, known=False)
 
-    def _after_forward(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         # A pass on the side must not change what checkpointed layers recompute in the batch's backward.
         if self._draw is not None and self._units is not None and not self.pipeline.training:
             self._units.set(self._draw.leaves, known=False)
