@@ -13,8 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightprune import ConfigError
 from lightprune.callbacks.progress import PruningProgressBar
@@ -23,6 +22,7 @@ from lightprune.callbacks.run_report import RunReport
 from lightprune.cli import default_callbacks, main
 from lightprune.data import DomainCounts
 from lightprune.errors import ExportError
+from tests.training import byte_tokenizer
 
 LAYERS, DROP, CUT, STEPS = 4, 2, 2, 4
 SHIPPED = Path(__file__).parents[1] / "configs" / "methods"
@@ -32,21 +32,17 @@ SHIPPED = Path(__file__).parents[1] / "configs" / "methods"
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with `model` (a random Llama and a byte-level tokenizer) and `text.txt`."""
     root = tmp_path_factory.mktemp("inputs")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {symbol: index for index, symbol in enumerate([*alphabet, "<eos>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(root / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(root / "model")
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocab),
+            vocab_size=len(tokenizer),
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=LAYERS,
             num_attention_heads=2,
-            eos_token_id=vocab["<eos>"],
+            eos_token_id=tokenizer.eos_token_id,
         )
     ).save_pretrained(root / "model")
     (root / "text.txt").write_text("All the world is a stage, and the men and women merely players. " * 60)

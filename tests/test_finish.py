@@ -1,6 +1,7 @@
 """What is written when training ends is also written by a resume that finds training over."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from lightprune import ExportHF, PruningPlan, RandomSelector, RunReport, StructuredCut
+from lightprune.errors import ConfigError
 from tests.training import Batches, Plain, assert_equal, batches, trainer_for, weights
 
 STEPS = 3
 
 
 class Interrupt(Callback):
-    """Ends a run after its last checkpoint and before anything is written."""
+    """Ends a run after its last checkpoint and before anything is written; or as so many optimizer steps are over."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise InterruptedError
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         raise InterruptedError
@@ -60,6 +69,26 @@ def test_a_run_that_was_over_is_finished_by_a_resume(tmp_path: Path) -> None:
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "disturbed" / "pruned")
     assert_equal(weights(exported), weights(module.lm))
     assert PruningPlan.load(tmp_path / "disturbed" / "pruned" / "pruning_plan.json").to_dict() == found["plan"]
+
+
+def test_a_run_that_is_over_may_be_submitted_again(tmp_path: Path) -> None:
+    """Slurm does, where it has told the job to stop in its last seconds."""
+    run(tmp_path)
+    weights_file = tmp_path / "pruned" / "model.safetensors"
+    before = weights_file.stat().st_mtime_ns
+    run(tmp_path, ckpt_path="last")
+    assert weights_file.stat().st_mtime_ns == before
+    assert sorted(path.name for path in tmp_path.glob("pruned*")) == ["pruned"]
+
+
+def test_a_run_that_is_not_over_may_not(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    run(tmp_path / "other")
+    with pytest.raises(InterruptedError):
+        run(tmp_path, Interrupt(1))
+    shutil.copytree(tmp_path / "other" / "pruned", tmp_path / "pruned")
+    with pytest.raises(ConfigError, match="exists already"):
+        run(tmp_path, ckpt_path="last")
 
 
 def test_an_ordinary_run_finishes_once(tmp_path: Path) -> None:

@@ -210,14 +210,13 @@ from tests.test_preemption import Signal
 from tests.training import Plain, batches, trainer_for
 import lightprune as lp
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightprune.callbacks import preemption
 
-preemption.POLL_SECONDS = float(sys.argv[2])
 class Slow(Callback):
     def on_train_batch_end(self, *args):
         time.sleep(0.02 * (1 + rank))
 rank = int(os.environ["LOCAL_RANK"])
-callbacks = [ModelCheckpoint(sys.argv[1], save_last=True, save_top_k=0), lp.PreemptionCheckpoint(), Slow()]
+stopper = lp.PreemptionCheckpoint(poll_seconds=float(sys.argv[2]))
+callbacks = [ModelCheckpoint(sys.argv[1], save_last=True, save_top_k=0), stopper, Slow()]
 if rank == 1:
     callbacks.append(Signal("on_after_backward", 2, signal.SIGTERM))
 trainer = trainer_for(callbacks, max_steps=50, enable_checkpointing=True, strategy="ddp", devices=2)

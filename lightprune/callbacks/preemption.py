@@ -19,13 +19,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
-from lightprune.errors import ConfigError
+from lightprune.errors import ConfigError, check_number
 from lightprune.integrations.atomic_save import save_atomically
 from lightprune.integrations.checkpoints import cluster_of, save_last
 from lightprune.integrations.ranks import largest_of_ranks
-
-POLL_SECONDS = 5.0
-"""How long several ranks train, about, before they ask each other for signals again: a message each step costs more."""
 
 _TRY_AGAIN = 75  # EX_TEMPFAIL, by number since Windows has no name for it
 
@@ -34,16 +31,20 @@ class PreemptionCheckpoint(Checkpoint):
     """Saves `last.ckpt` and ends the process with status 75 once any rank has got SIGUSR1 or SIGTERM.
 
     That happens at the end of the optimizer step that is under way: gradients that are being accumulated, a validation
-    and the cut are finished first. Several ranks ask each other about every five seconds, after as many steps as take
-    that long, and after each step if it takes longer. A fit with `ckpt_path="last"` goes on from there as if nothing
-    had happened. A signal in what follows the last step (the last validation, the export) changes nothing: the run is
-    about to end. And a process that is killed without a signal, in the middle of a save, leaves the checkpoint before
-    it whole.
+    and the cut are finished first. Several ranks ask each other about every `poll_seconds`, after as many steps as take
+    that long, after each step if it takes longer, and after each validation. A fit with `ckpt_path="last"` continues as
+    if nothing had happened. A signal in what follows the last step (the last validation, the export) changes nothing:
+    the run is about to end. And a process that is killed without a signal, in the middle of a save, leaves the
+    checkpoint before it whole.
 
     Python lets only the main thread handle signals. In a fit outside it, this callback warns, and sees none.
 
     Slurm signals every process of a job, and a data loader whose worker dies ends the run. `TextDataModule` sees to
     that; other data modules pass `worker_init_fn=lightprune.outlive_preemption` to their loaders.
+
+    Args:
+        poll_seconds: how long several ranks train, about, before they ask each other for signals again. 0 is each step,
+            which then waits for the device.
 
     Attributes:
         received: the last signal that this rank got; None so far.
@@ -56,7 +57,8 @@ class PreemptionCheckpoint(Checkpoint):
     # Windows has no SIGUSR1.
     SIGNALS: ClassVar = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGTERM") if hasattr(signal, name))
 
-    def __init__(self) -> None:
+    def __init__(self, poll_seconds: float = 5.0) -> None:
+        self.poll_seconds = poll_seconds
         self.received: signal.Signals | None = None
         self._step = 0
         self._poll_at = 0  # the step after which the ranks ask each other next
@@ -64,6 +66,7 @@ class PreemptionCheckpoint(Checkpoint):
         self._unwrap: Callable[[], object] = lambda: None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        check_number(self, "poll_seconds", self.poll_seconds, least=0)
         if stage == "fit":
             self._saver(trainer)
             self._unwrap = save_atomically(trainer.strategy)
@@ -100,6 +103,9 @@ class PreemptionCheckpoint(Checkpoint):
             self._save(trainer)
             raise SystemExit(_TRY_AGAIN)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._poll_at = self._step  # it took its time, on all ranks
+
     def _stops(self, trainer: L.Trainer) -> bool:
         """Whether any rank has got a signal. All ranks find the same, at the same step."""
         if trainer.world_size == 1:
@@ -110,7 +116,7 @@ class PreemptionCheckpoint(Checkpoint):
         pace = (now - then) / max(self._step - step, 1)
         mine = torch.tensor([self.received is not None, pace], dtype=torch.float32)
         received, slowest = largest_of_ranks(mine.to(trainer.strategy.root_device)).tolist()
-        self._poll_at = self._step + max(int(POLL_SECONDS / max(slowest, 1e-3)), 1)
+        self._poll_at = self._step + max(int(self.poll_seconds / max(slowest, 1e-3)), 1)
         self._polled = self._step, now
         return bool(received)
 

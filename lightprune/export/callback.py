@@ -1,5 +1,6 @@
 """`ExportHF`: the callback that writes the model when training ends."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightprune.errors import ConfigError, ExportError
-from lightprune.export.card import Card
+from lightprune.export.card import Card, is_model_card
 from lightprune.export.stock_check import check_stock
 from lightprune.export.target import check_target, free_beside
 from lightprune.export.tokenizer import given_tokenizer, tokenizer_of, warn_of_none
@@ -31,7 +32,8 @@ class ExportHF(FinishingCallback):
     other callbacks finish their work, and then the fit ends with an `ExportError`.
 
     Args:
-        path: the directory to write, on this machine; it must not exist.
+        path: the directory to write, on this machine; it must not exist. A resumed run that has no step left to train
+            leaves an export there as it is.
         overwrite: replace an earlier export at `path`, once the new one is verified, if nothing else is there.
         dtype: dtype of the exported weights; None keeps that of each of them.
         tokenizer: the tokenizer to save beside the model: itself, its directory, or its Hub id. None takes what the
@@ -56,12 +58,16 @@ class ExportHF(FinishingCallback):
         self._last_validation: dict[str, float] = {}
         self._given: PreTrainedTokenizerBase | None = None
         self._problem: str | None = None
+        self._stays = False  # whether there is an export already, and nothing left to train
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._last_validation, self._problem = {}, None
         if stage == "fit":
-            _check_apart(check_target(self.path, overwrite=self.overwrite), trainer)
+            # An export may be this run's own, if it resumes at its last step. Only later is that known.
+            exported = is_model_card(Path(os.path.expanduser(self.path), "README.md"))
+            self._stays = exported and not self.overwrite
+            _check_apart(check_target(self.path, overwrite=self.overwrite or exported), trainer)
             if self.dtype is not None:
                 torch_dtype(self.dtype)
             self._given = given_tokenizer(self.tokenizer, "ExportHF.tokenizer")
@@ -74,6 +80,10 @@ class ExportHF(FinishingCallback):
         if self._given is None and tokenizer_of(trainer, pl_module) is None:
             warn_of_none("ExportHF.tokenizer")
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        check_target(self.path, overwrite=self.overwrite)
+        self._stays = False
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what this validation logged: `trainer.callback_metrics` mixes it with what training logs."""
         if not trainer.sanity_checking:
@@ -83,6 +93,12 @@ class ExportHF(FinishingCallback):
         pipeline = Pipeline.of(trainer)
         if pipeline is not None and pipeline.cut is not None and not pipeline.cut.done:
             rank_zero_warn(f"Nothing is exported to {self.path!r}: training ended before the cut.")
+            return
+        if self._stays:
+            rank_zero_info(
+                f"Nothing is left to train, and {self.path!r} stays as it is: set ExportHF.overwrite to true to "
+                "replace it."
+            )
             return
         lm = adapter_of(trainer).whole(find_causal_lm(pl_module)[1])
         problem = None if lm is None else self._export(trainer, pl_module, lm, pipeline)

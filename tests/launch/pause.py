@@ -33,6 +33,7 @@ class Pause(Callback):
             return
         self.waited = True
         (stopper,) = (callback for callback in callbacks_of(trainer) if isinstance(callback, PreemptionCheckpoint))
+        stopper.poll_seconds = 0  # the run is shorter than the pause between two polls
         Path("paused").mkdir(exist_ok=True)
         draft = Path("paused", f".{trainer.global_rank}")
         draft.write_text(str(os.getpid()))
