@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lightprune.anatomy import Anatomy, Family, Shape
 from lightprune.anatomy.axes import length
@@ -18,6 +18,7 @@ from lightprune.export import export_hf
 from lightprune.masks.unit_masks import masked
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
+from lightprune.surgery.stock_class import auto_class
 
 TOLERANCE = 1e-5
 """The largest difference of a logit, relative to the largest logit, in float32."""
@@ -43,7 +44,7 @@ def check_family(family: Family, config: PretrainedConfig, *, seed: int = 0) -> 
     """
     with isolate_rng():
         torch.manual_seed(seed)
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
+        lm: PreTrainedModel = auto_class(config).from_config(config).eval()  # type: ignore[no-untyped-call]
         _randomize(lm)
     anatomy = Anatomy(family=family, lm=lm)
     _check_layout(anatomy)
@@ -69,7 +70,7 @@ def _randomize(lm: PreTrainedModel) -> None:
 
 def _tokens(lm: PreTrainedModel, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, lm.config.vocab_size, (2, 12), generator=generator)
+    return torch.randint(3, lm.config.get_text_config().vocab_size, (2, 12), generator=generator)
 
 
 def _check_layout(anatomy: Anatomy) -> None:

@@ -64,6 +64,7 @@ class Family:
         renumber: called as `renumber(layer, old, new)` when a layer moves, for what else depends on the index.
         configure: called as `configure(config, resize)` for what else a config says that a plan changes.
         variant: chooses among declarations that share a `model_type`, by the config.
+        transposed: the modules, beside `Conv1D`, that keep their matrices as (inputs, outputs).
     """
 
     model_types: tuple[str, ...]
@@ -80,6 +81,7 @@ class Family:
     renumber: Callable[[nn.Module, int, int], None] = _unchanged
     configure: Callable[[PretrainedConfig, Resize], None] = _nothing
     variant: "Callable[[PretrainedConfig], Family] | None" = None
+    transposed: tuple[str, ...] = ()
 
     @property
     def structures(self) -> frozenset[Structure]:
@@ -128,12 +130,14 @@ class Site:
         path: its name in the causal LM.
         layer: the index of the layer that it belongs to; None outside the layers.
         axes: (outputs, inputs) of a projection, (None, HIDDEN) of an embedding or the head, (values,) of a norm.
+        transposed: whether it keeps its matrix as (inputs, outputs).
     """
 
     module: nn.Module
     path: str
     layer: int | None
     axes: Axes
+    transposed: bool = False
 
     @property
     def is_norm(self) -> bool:
@@ -157,7 +161,7 @@ class Site:
             if len(whole_shape(parameter)) == 1:
                 axes = self.axes[:1]
             else:
-                axes = self.axes[::-1] if isinstance(self.module, Conv1D) else self.axes
+                axes = self.axes[::-1] if self.transposed else self.axes
             if any(axes):
                 yield Weight(self.module, name, f"{self.path}.{name}", self.layer, axes)
 
@@ -189,12 +193,12 @@ class Anatomy:
     @property
     def model_type(self) -> str:
         """The `model_type` that the model's config states."""
-        return str(self.config.model_type)
+        return str(self.lm.config.model_type)
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's config: one object, shared by all of its modules."""
-        return self.lm.config
+        """What the model's config says of its text: one object, shared by all modules that read it."""
+        return self.lm.config.get_text_config()
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -243,8 +247,15 @@ class Anatomy:
     def sites(self) -> Iterator["Site"]:
         """Every module that has something to prune, layers in order, then the stem."""
         for index, layer in enumerate(self.layers):
-            yield from _sites(layer, self.family.weights, f"{self.family.layers}.{index}.", index)
-        yield from _sites(self.lm, self.family.stem, "", None)
+            yield from self._sites(layer, self.family.weights, f"{self.family.layers}.{index}.", index)
+        yield from self._sites(self.lm, self.family.stem, "", None)
+
+    def _sites(self, root: nn.Module, table: Mapping[str, Axes], prefix: str, layer: int | None) -> Iterator["Site"]:
+        for path, axes in table.items():
+            module = module_at(root, path)
+            if module is not None:
+                transposed = isinstance(module, Conv1D) or path in self.family.transposed
+                yield Site(module, prefix + path, layer, axes, transposed)
 
     def writers(self) -> Iterator["Writer"]:
         """Every module inside the layers that writes to the residual stream."""
@@ -282,10 +293,3 @@ def module_at(root: nn.Module, path: str) -> nn.Module | None:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module if isinstance(module, nn.Module) else None
-
-
-def _sites(root: nn.Module, table: Mapping[str, Axes], prefix: str, layer: int | None) -> Iterator[Site]:
-    for path, axes in table.items():
-        module = module_at(root, path)
-        if module is not None:
-            yield Site(module, prefix + path, layer, axes)

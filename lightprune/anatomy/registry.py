@@ -1,6 +1,6 @@
 """Which families are known: those that lightprune ships, and those that others register."""
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lightprune.anatomy.base import Anatomy, Family
 from lightprune.errors import ConfigError
@@ -49,12 +49,20 @@ def anatomy_of(lm: PreTrainedModel) -> Anatomy:
         ConfigError: it is no model, or its family has no declaration.
     """
     check_causal_lm(lm, "anatomy_of")
-    model_type = lm.config.model_type
-    if model_type not in _FAMILIES:
+    return Anatomy(family=family_of(lm.config), lm=lm)
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The declaration for models with this config.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
         known = ", ".join(sorted(_FAMILIES))
         raise ConfigError(
-            f"lightprune does not know the model family {model_type!r} of {type(lm).__name__} (known: {known}): "
-            "choose a model of a known family in `model`, or declare this one and call lightprune.register_family."
+            f"lightprune does not know the model family {config.model_type!r} (known: {known}): choose a model of a "
+            "known family in `model`, or declare this one and call lightprune.register_family."
         )
-    family = _FAMILIES[model_type]
-    return Anatomy(family=family if family.variant is None else family.variant(lm.config), lm=lm)
+    return family if family.variant is None else family.variant(config)

@@ -28,7 +28,7 @@ def forecast(pipeline: Pipeline) -> Group:
         if name == "layers" or count != getattr(shapes[-1], name):
             table.add_row(name, str(count), str(getattr(shapes[-1], name)))
     table.add_row("parameters", f"{before:,}", f"{after:,} ({after / before - 1:+.1%})")
-    old, new = anatomy.config.to_dict(), plan.config(anatomy).to_dict()
+    old, new = anatomy.lm.config.to_dict(), plan.config(anatomy).to_dict()
     for name in (name for name in new if new[name] != old.get(name)):
         table.add_row(f"config.{name}", _brief(old.get(name)), _brief(new[name]))
     return Group(table, *map(_decision, pipeline.selectors), _timeline(pipeline))

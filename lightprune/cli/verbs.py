@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from lightprune.cli.forecast import forecast
 from lightprune.errors import ConfigError
@@ -21,6 +20,7 @@ from lightprune.export import (
     warn_of_none,
 )
 from lightprune.export.stock_check import check_stock
+from lightprune.export.tokenizer import Tokenizer
 from lightprune.integrations.checkpoints import found_checkpoint
 from lightprune.integrations.lightning import callbacks_of, find_causal_lm
 from lightprune.pipeline import Part, Pipeline
@@ -79,7 +79,7 @@ def _pipeline(trainer: pl.Trainer, model: pl.LightningModule, *, stage: str) -> 
         pipeline.close()
 
 
-def _configured_tokenizer(trainer: pl.Trainer) -> PreTrainedTokenizerBase | None:
+def _configured_tokenizer(trainer: pl.Trainer) -> Tokenizer | None:
     """What the config's `ExportHF` names, if it has one and that names any."""
     exports = [c for c in callbacks_of(trainer) if isinstance(c, ExportHF)]
     return next((given_tokenizer(e.tokenizer, "ExportHF.tokenizer") for e in exports if e.tokenizer is not None), None)

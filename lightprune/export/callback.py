@@ -13,7 +13,7 @@ from lightprune.errors import ConfigError, ExportError
 from lightprune.export.card import Card, is_model_card
 from lightprune.export.stock_check import check_stock
 from lightprune.export.target import check_target, free_beside
-from lightprune.export.tokenizer import given_tokenizer, tokenizer_of, warn_of_none
+from lightprune.export.tokenizer import Tokenizer, given_tokenizer, tokenizer_of, warn_of_none
 from lightprune.export.write import check_generation_config, export_hf, keep_unverified
 from lightprune.hub import Dtype, torch_dtype
 from lightprune.integrations.lightning import data_of, find_causal_lm, logged_by_validation, shadow_method
@@ -56,7 +56,7 @@ class ExportHF(FinishingCallback):
         self.dtype = dtype
         self.tokenizer = tokenizer
         self._last_validation: dict[str, float] = {}
-        self._given: PreTrainedTokenizerBase | None = None
+        self._given: Tokenizer | None = None
         self._problem: str | None = None
         self._stays = False  # whether there is an export already, and nothing left to train
 

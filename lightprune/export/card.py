@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lightprune.anatomy import UNITS, Structure
 from lightprune.callbacks.run_report import versions
 from lightprune.plan import PruningPlan
+from lightprune.surgery.stock_class import auto_class
 
 _STRUCTURES: dict[Structure, str] = {
     "layers": "layers",
@@ -51,7 +52,7 @@ def model_card(lm: PreTrainedModel, plan: PruningPlan | None, card: Card, notes:
         "---\n" + "\n".join(front) + "\n---",
         f"# {base or lm.config.model_type}, " + ("pruned" if plan is not None else "finetuned"),
         f"{what}, {'made smaller' if plan is not None else 'trained'} with lightprune. An ordinary `transformers` "
-        "checkpoint: `AutoModelForCausalLM.from_pretrained` loads it, and lightprune is not needed.",
+        f"checkpoint: `{auto_class(lm.config).__name__}.from_pretrained` loads it, and lightprune is not needed.",
         *notes,
         *_size_section(lm, plan, card.get("parameters", {})),
         *(_selection_section(plan) if plan is not None else []),

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, ProcessorMixin
+
+from lightprune.export.tokenizer import Tokenizer
 
 # Families of which version 4.57 loads what is written here with the logits of version 5; checked by
 # `tests/export/test_compat.py`. Not Gemma 2: 4.57 attends by sdpa unless told otherwise, which leaves out its soft cap.
@@ -106,7 +108,7 @@ def _scaling(config: Mapping[str, object], rope: Mapping[str, object]) -> dict[s
     return scaling
 
 
-def complete_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def complete_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     """Say of a saved tokenizer what version 4 asks for; version 5 reads it as before.
 
     Version 5 calls its own class `TokenizersBackend`, and lists special tokens under a name that in 4 is a mapping. For
@@ -121,5 +123,6 @@ def complete_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     if config.get("tokenizer_class") == "LlamaTokenizer":
-        config.setdefault("add_bos_token", tokenizer.bos_token_id in tokenizer("a")["input_ids"])
+        of_text: Any = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
+        config.setdefault("add_bos_token", of_text.bos_token_id in of_text("a")["input_ids"])
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -58,7 +58,7 @@ def excess_embedding_scale(lm: PreTrainedModel) -> float:
     scale = getattr(lm.get_input_embeddings(), "embed_scale", None)
     if not isinstance(scale, Tensor):
         return 1.0
-    stock = torch.tensor(lm.config.hidden_size**0.5)
+    stock = torch.tensor(lm.config.get_text_config().hidden_size ** 0.5)
     return scale.to(lm.dtype).item() / stock.to(lm.dtype).item()
 
 
@@ -69,12 +69,13 @@ def folded_embedding(lm: PreTrainedModel, factor: float) -> dict[str, Tensor]:
     E' = factor * E. A tied head is the same matrix, so the final norm, which multiplies by 1 + w, takes the factor out
     again: w' = (1 + w) / factor - 1.
     """
-    embedding, norm = lm.get_parameter("model.embed_tokens.weight"), lm.get_parameter("model.norm.weight")
+    text = "model" if lm.config.get_text_config() is lm.config else "model.language_model"
+    embedding, norm = lm.get_parameter(f"{text}.embed_tokens.weight"), lm.get_parameter(f"{text}.norm.weight")
     wide = torch.promote_types(embedding.dtype, torch.float32)
-    folded = {"model.embed_tokens.weight": (embedding.to(wide) * factor).to(embedding.dtype)}
+    folded = {f"{text}.embed_tokens.weight": (embedding.to(wide) * factor).to(embedding.dtype)}
     if is_tied(lm):
-        folded["lm_head.weight"] = folded["model.embed_tokens.weight"]
-        folded["model.norm.weight"] = ((1 + norm.to(wide)) / factor - 1).to(norm.dtype)
+        folded["lm_head.weight"] = folded[f"{text}.embed_tokens.weight"]
+        folded[f"{text}.norm.weight"] = ((1 + norm.to(wide)) / factor - 1).to(norm.dtype)
     return folded
 
 

@@ -67,8 +67,9 @@ def attention_that_runs(lm: PreTrainedModel) -> Iterator[None]:
 
 def probe(lm: PreTrainedModel, *, padding: int) -> dict[str, Tensor]:
     """Fixed tokens and an attention mask [2, T], T at most LENGTH; the second sequence has `padding` on its left."""
-    length = min(LENGTH, getattr(lm.config, "max_position_embeddings", LENGTH))
-    tokens = torch.arange(2 * length, device=lm.device).view(2, length) * 7919 % lm.config.vocab_size
+    config = lm.config.get_text_config()
+    length = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
+    tokens = torch.arange(2 * length, device=lm.device).view(2, length) * 7919 % config.vocab_size
     mask = torch.ones_like(tokens)
     mask[1, : min(padding, length // 4)] = 0
     return {"input_ids": tokens, "attention_mask": mask}

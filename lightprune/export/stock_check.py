@@ -18,7 +18,7 @@ from lightprune.integrations.models import compute_buffers
 from lightprune.integrations.torch_modules import own_buffers, unsaved_buffers
 from lightprune.integrations.zero_params import is_partitioned, whole_shape
 from lightprune.masks.forward_passes import evaluating
-from lightprune.surgery.stock_class import is_tied, parameter_difference, stock_form
+from lightprune.surgery.stock_class import is_tied, parameter_difference, state_tie, stock_form
 
 _EXTRA_STATE = "_extra_state"  # the ending that PyTorch gives to what `get_extra_state` returns
 
@@ -67,7 +67,7 @@ def check_stock(lm: PreTrainedModel, *, adapters_expected: bool = False, instead
 def _stock_of(lm: PreTrainedModel) -> PreTrainedModel | None:
     """The stock class for a model on the `meta` device; None where it cannot be built."""
     config = copy.deepcopy(lm.config)
-    config.tie_word_embeddings = is_tied(lm)
+    state_tie(config, is_tied(lm))
     form = stock_form(lm, config)
     try:
         return form.build()

@@ -25,6 +25,7 @@ _FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer*",
+    "*processor_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",

@@ -2,7 +2,7 @@
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from lightprune.errors import ConfigError
 from lightprune.hub import load_tokenizer
@@ -11,9 +11,12 @@ from lightprune.integrations.lightning import data_of
 # Where people keep a tokenizer, or something that has one as its `tokenizer`: a processor, or a wrapper of their own.
 NAMES = ("tokenizer", "processing_class", "processor")
 
+Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
+"""What turns texts, and perhaps images, into a model's inputs; a processor has a tokenizer in it."""
 
-def tokenizer_of(trainer: L.Trainer, module: L.LightningModule, data: object = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the module, or else of the data module; None if neither has one.
+
+def tokenizer_of(trainer: L.Trainer, module: L.LightningModule, data: object = None) -> Tokenizer | None:
+    """The tokenizer or the processor of the module, or else of the data module; None if neither has one.
 
     Args:
         trainer: its data module is asked.
@@ -23,19 +26,21 @@ def tokenizer_of(trainer: L.Trainer, module: L.LightningModule, data: object = N
     for owner in (module, data, data_of(trainer)):
         for name in NAMES:
             found = _attribute(owner, name)
+            if isinstance(found, ProcessorMixin):
+                return found
             for candidate in (found, _attribute(found, "tokenizer")):
                 if isinstance(candidate, PreTrainedTokenizerBase):
                     return candidate
     return None
 
 
-def given_tokenizer(tokenizer: object, key: str) -> PreTrainedTokenizerBase | None:
-    """What a setting names: a tokenizer itself, or the path or Hub id of one; None for None.
+def given_tokenizer(tokenizer: object, key: str) -> Tokenizer | None:
+    """What a setting names: a tokenizer or a processor itself, or the path or Hub id of one; None for None.
 
     Raises:
         ConfigError: it is neither, or there is no tokenizer at that place.
     """
-    if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
+    if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin):
         return tokenizer
     if isinstance(tokenizer, str):
         return load_tokenizer(tokenizer)

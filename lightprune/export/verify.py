@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightprune.errors import ExportError
 from lightprune.export.convert import Outgoing
@@ -14,7 +14,7 @@ from lightprune.export.probe import attention_that_runs, logits_apart, not_finit
 from lightprune.hub import loading_problems
 from lightprune.integrations.dtypes import in_dtype, main_dtype
 from lightprune.integrations.models import attention_of
-from lightprune.surgery.stock_class import is_tied
+from lightprune.surgery.stock_class import auto_class, is_tied
 
 
 def verify_export(path: Path, lm: PreTrainedModel, out: Outgoing) -> None:
@@ -36,7 +36,7 @@ def verify_export(path: Path, lm: PreTrainedModel, out: Outgoing) -> None:
         raise ExportError(f"training has broken the model: {broken}")
     dtypes = {p.dtype for p in out.model.parameters() if p.is_floating_point()}
     with attention_that_runs(lm):
-        loaded: object = AutoModelForCausalLM.from_pretrained(
+        loaded: object = auto_class(lm.config).from_pretrained(
             path,
             # Weights of several dtypes are exact in the widest alone: "auto" rounds all to that of the config.
             dtype="auto" if len(dtypes) < 2 else reduce(torch.promote_types, dtypes),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 
 from lightprune.errors import ConfigError, ExportError
 from lightprune.export.card import Card, model_card
@@ -17,13 +17,14 @@ from lightprune.export.compat import complete_config, complete_tokenizer, requir
 from lightprune.export.convert import Outgoing, outgoing
 from lightprune.export.probe import plain_outputs
 from lightprune.export.target import check_target, make_draft, put_in_place, reason_file
+from lightprune.export.tokenizer import Tokenizer
 from lightprune.export.verify import verify_export
 from lightprune.hub import Dtype, torch_dtype, without_progress_bars
 from lightprune.integrations.dtypes import in_dtype, main_dtype
 from lightprune.integrations.lightning import check_causal_lm
 from lightprune.masks.forward_passes import evaluating
 from lightprune.plan import PruningPlan
-from lightprune.surgery.stock_class import is_tied
+from lightprune.surgery.stock_class import is_tied, state_tie
 
 # What is written into a model's config for saving, and taken back.
 _CONFIG_FIELDS = ("dtype", "architectures", "tie_word_embeddings", "use_cache")
@@ -68,7 +69,7 @@ def export_hf(
     lm: PreTrainedModel,
     path: str | Path,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     plan: PruningPlan | None = None,
     card: Card | None = None,
     overwrite: bool = False,
@@ -85,7 +86,7 @@ def export_hf(
     Args:
         lm: the model; gates and their hooks are off it.
         path: the directory to write.
-        tokenizer: saved beside the model.
+        tokenizer: saved beside the model; a processor too.
         plan: saved as `pruning_plan.json` and told in the model card.
         card: what else the model card tells.
         overwrite: replace an earlier export at `path`.
@@ -217,18 +218,22 @@ def _notes(lm: PreTrainedModel, out: Outgoing, draft: Path) -> list[str]:
 @contextmanager
 def _as_exported(lm: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
     """Put a model, for a while, into what is written: eval mode, weights in `dtype`, cache on, ties as they are."""
-    stated = {name: getattr(lm.config, name) for name in _CONFIG_FIELDS if hasattr(lm.config, name)}
+    configs = (lm.config, lm.config.get_text_config())
+    stated = [
+        (config, name, getattr(config, name)) for config in configs for name in _CONFIG_FIELDS if hasattr(config, name)
+    ]
     generation = getattr(lm, "generation_config", None)
     try:
-        lm.config.tie_word_embeddings = is_tied(lm)
-        if "use_cache" in stated:
-            lm.config.use_cache = True
+        state_tie(lm.config, is_tied(lm))
+        for config, name, _ in stated:
+            if name == "use_cache":
+                config.use_cache = True
         if generation is not None:
             lm.generation_config = _saveable(generation)
         with evaluating(lm), nullcontext() if dtype is None else in_dtype(lm, dtype):
             yield
     finally:
-        for name, value in stated.items():
-            setattr(lm.config, name, value)
+        for config, name, value in stated:
+            setattr(config, name, value)
         if generation is not None:
             lm.generation_config = generation

@@ -35,6 +35,7 @@ def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
     """The one Hugging Face causal LM inside `module`, and its dotted path there.
 
     A module that holds several (a teacher, say) names the one to prune in an attribute `pruned_model`, a dotted path.
+    It may also name the text model inside one that sees images: then it is that one.
 
     Raises:
         ConfigError: there is none, or there are several and none is named.
@@ -46,8 +47,12 @@ def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
     }
     named: str | None = getattr(module, "pruned_model", None)
     for child in found.values():
-        if named is not None and _at(module, named) is child:  # it may have a second name
-            return named, child
+        inner = None if named is None else _at(module, named)  # it may have a second name
+        if inner is child:
+            return str(named), child
+    for name, child in found.items():
+        if named is not None and getattr(getattr(child, "model", None), "language_model", None) is _at(module, named):
+            return name, child
     there = " and ".join(sorted(found))
     if named is not None and found:
         raise ConfigError(

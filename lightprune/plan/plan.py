@@ -224,7 +224,7 @@ class PruningPlan:
 
         The model may be cut or uncut: the counts come from the plan alone.
         """
-        config = copy.deepcopy(anatomy.config)
+        config = copy.deepcopy(anatomy.lm.config)
         apply_to_config(config, self, anatomy)
         return config
 
@@ -314,14 +314,15 @@ class PruningPlan:
 
 
 def apply_to_config(config: PretrainedConfig, plan: PruningPlan, anatomy: Anatomy) -> None:
-    """Make a config state the plan's counts, in place: the model's modules share one config object."""
-    family, shape = anatomy.family, plan.shape
+    """Make the model's config, or a copy of it, state the plan's counts, in place."""
+    family, shape, whole = anatomy.family, plan.shape, config
+    config = whole.get_text_config()
     if config.num_hidden_layers == plan.source.layers:  # else these speak of the kept layers already
         for name in family.per_layer_fields:
             entries = getattr(config, name, None)
             if entries is not None:
                 setattr(config, name, [entries[i] for i in plan.kept_layers])
-        family.configure(config, Resize(plan.source, shape, tuple(plan.kept_layers)))
+        family.configure(whole, Resize(plan.source, shape, tuple(plan.kept_layers)))
     config.num_hidden_layers = shape.layers
     if {"heads", "hidden", "channels"} & set(plan.structures):
         config.hidden_size = shape.hidden

@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Callable
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy import Anatomy, Shape
@@ -39,14 +40,16 @@ def cut_model(anatomy: Anatomy, plan: PruningPlan, on_replace: OnReplace | None 
     _cut_width(anatomy, plan, on_replace)
     _cut_depth(anatomy, plan)
     _own_config(anatomy.lm)
-    apply_to_config(anatomy.config, plan, anatomy)
+    apply_to_config(anatomy.lm.config, plan, anatomy)
 
 
 def _own_config(lm: PreTrainedModel) -> None:
     """Replace the config of all of a model's modules by a copy: `transformers` builds models on the one it is given."""
-    given, own = lm.config, copy.deepcopy(lm.config)
+    copies: dict[int, Any] = {}  # of the config and of those inside it, by the identity of what is copied
+    copy.deepcopy(lm.config, copies)
     for module in lm.modules():
-        if getattr(module, "config", None) is given:
+        own = copies.get(id(getattr(module, "config", None)))
+        if isinstance(own, PretrainedConfig):
             module.config = own  # type: ignore[assignment]
 
 
@@ -92,7 +95,7 @@ def _cut_width(anatomy: Anatomy, plan: PruningPlan, on_replace: OnReplace | None
                 tied[old] = new
             setattr(site.module, weight.name, new)
         _restate(site, plan.shape)
-    for module in anatomy.lm.modules():
+    for module in anatomy.decoder.modules():
         for name, count in STATED_COUNTS.items():
             if vars(module).get(name) == count(plan.source):
                 setattr(module, name, count(plan.shape))

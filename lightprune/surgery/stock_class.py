@@ -9,6 +9,9 @@ from typing import Any, cast
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaForCausalLM,
@@ -61,9 +64,10 @@ def stock_form(lm: PreTrainedModel, config: PretrainedConfig) -> StockForm:
     Raises:
         ConfigError: no stock class can.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    text = config.get_text_config()
+    hidden, heads = text.hidden_size, text.num_attention_heads
     if config.model_type != "llama" or hidden % heads == 0:
-        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), type(lm))
+        stock: Any = _mapping_for(config).get(type(config), type(lm))
         return StockForm(stock, config)
     if type(lm) is not LlamaForCausalLM:
         below = hidden // heads * heads
@@ -86,6 +90,22 @@ def stock_form(lm: PreTrainedModel, config: PretrainedConfig) -> StockForm:
     )
 
 
+def auto_class(config: PretrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """What loads a model with this config: `AutoModelForCausalLM`, where it can."""
+    takes_images = _mapping_for(config) is MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if takes_images else AutoModelForCausalLM
+
+
+def _mapping_for(config: PretrainedConfig) -> Any:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return MODEL_FOR_CAUSAL_LM_MAPPING if known else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def state_tie(config: PretrainedConfig, tied: bool) -> None:
+    """Let a config say whether the head is the embedding, also what it says of its text."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
+
+
 def check_expressible(anatomy: Anatomy, plan: PruningPlan) -> None:
     """Refuse a plan whose result no stock class can hold, before anything is trained for it.
 
@@ -100,7 +120,7 @@ def check_expressible(anatomy: Anatomy, plan: PruningPlan) -> None:
         ConfigError: the config refuses the counts, or the class has other parameters than the cut model will have.
     """
     config = plan.config(anatomy)
-    config.tie_word_embeddings = is_tied(anatomy.lm)
+    state_tie(config, is_tied(anatomy.lm))
     form = stock_form(anatomy.lm, config)
     check_config(form.config)
     try:
