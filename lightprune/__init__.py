@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what `__getattr__` brings, for type checkers and editors
     from lightprune.callbacks.random_state import RandomState
     from lightprune.callbacks.run_report import RunReport
     from lightprune.cut import StructuredCut
+    from lightprune.distillation import Distillation
     from lightprune.errors import ConfigError, ExportError
     from lightprune.export import ExportHF, export_hf
     from lightprune.integrations.workers import outlive_preemption
@@ -51,6 +52,7 @@ __all__ = [
     "CausalLM",
     "ConfigError",
     "DifferencePenalty",
+    "Distillation",
     "DomainReweighting",
     "ExportError",
     "ExportHF",
@@ -97,6 +99,7 @@ _HOMES = {
         "callbacks.random_state": "RandomState",
         "callbacks.run_report": "RunReport",
         "cut": "StructuredCut",
+        "distillation": "Distillation",
         "errors": "ConfigError ExportError",
         "export": "ExportHF export_hf",
         "integrations.workers": "outlive_preemption",

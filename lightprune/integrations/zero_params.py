@@ -55,6 +55,18 @@ def gathered_for_update(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gathered_for_reading(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """The parameters are whole inside. Every rank must ask, and none may change them."""
+    if not any(map(is_partitioned, parameters)):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
+        yield
+
+
 def partition_like(parameter: nn.Parameter, model: nn.Parameter) -> None:
     """Partition a new parameter, in place, if `model`, which it takes the place of, is."""
     if is_partitioned(model):
@@ -64,6 +76,7 @@ def partition_like(parameter: nn.Parameter, model: nn.Parameter) -> None:
 def twin(module: nn.Module, parameters: Mapping[nn.Parameter, nn.Parameter]) -> nn.Module:
     """The same modules with other parameters, buffers on the CPU, and no hooks; tied parameters stay tied."""
     same = copy.copy(module)
+    same.__dict__.pop("forward", None)  # one that was replaced is bound to the module
     for name, value in vars(module).items():
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
             same.__dict__[name] = OrderedDict()

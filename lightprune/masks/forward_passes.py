@@ -74,6 +74,13 @@ def call_inputs(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, o
     return {name: value.detach() for name, value in kwargs.items() if isinstance(value, Tensor)}
 
 
+def logits_of(output: object) -> object:
+    """The logits in what an LM gives: by name, or with `return_dict=False` first, or behind the loss."""
+    if isinstance(output, tuple) and not hasattr(output, "logits"):
+        return next((value for value in output[:2] if isinstance(value, Tensor) and value.ndim == 3), None)
+    return getattr(output, "logits", None)
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the context; afterwards every submodule is in the mode that it was in."""

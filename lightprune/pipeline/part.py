@@ -94,6 +94,7 @@ class Part(Callback, ABC):
         step_settings: the settings that may be shares of the run (`lightprune.pipeline.steps`).
         alters: whether this changes what the model computes before the cut.
         folds: whether `fold` writes anything into the weights.
+        loss_share: what the module's own loss is multiplied by in a step, now; a penalty stands for the rest.
         needs_training: whether this makes no sense without an optimizer.
         hooks_layers: whether this has hooks on decoder layers that need gradients, or must run once.
         pipeline: what it belongs to, once it is set up.
@@ -104,6 +105,7 @@ class Part(Callback, ABC):
     step_settings: ClassVar[tuple[str, ...]] = ()
     alters: ClassVar[bool] = False
     folds: ClassVar[bool] = False
+    loss_share: float = 1.0
     needs_training: ClassVar[bool] = False
     hooks_layers: ClassVar[bool] = False
     pipeline: PipelineView
@@ -140,6 +142,9 @@ class Part(Callback, ABC):
 
     def check(self) -> None:
         """Refuse, with a ConfigError, settings that cannot work; the model is there, nothing is trained yet."""
+
+    def built(self) -> None:
+        """Look at the model as the module has built it, before any checkpoint is loaded; called in a fit."""
 
     def advance(self, step: int) -> None:
         """Become what this part has to be once `step` optimizer steps are done. Called often; must be idempotent."""

@@ -195,6 +195,8 @@ class Pipeline:
         self._unwrap += [handle.remove for handle in self._step_hooks.watch(self.anatomy.decoder)]
         if self.fitting:
             check_attached(self)
+            for part in self.parts:
+                part.built()
 
     def close(self) -> None:
         """Leave the module and the strategy as they were found."""

@@ -114,8 +114,10 @@ class StepHooks:
     ) -> Tensor:
         if self._forwarded:
             self._forwarded = False
-            for part in self._parts:
-                penalty = part.penalty()
+            penalties = [(part.loss_share, part.penalty()) for part in self._parts]
+            for share, _ in penalties:
+                loss = loss if share == 1 else share * loss
+            for _, penalty in penalties:
                 if penalty is not None:
                     loss = loss + penalty.to(loss.device) / self._adapter.trainer.accumulate_grad_batches
         self._in_backward = True

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lightprune.errors import ConfigError
 from lightprune.integrations.exact_metric import widest
+from lightprune.masks.forward_passes import logits_of
 from lightprune.metrics import IGNORE_INDEX, places_of, token_losses
 
 EMA = 0.1
@@ -112,19 +113,12 @@ class SampleLosses:
             self._handle = None
 
     def _watch(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        logits, batch = _logits_of(output), self._batch
+        logits, batch = logits_of(output), self._batch
         if batch is None or self._seen is not None or not isinstance(logits, Tensor) or not self._watching():
             return
         if logits.shape[:-1] == batch.labels.shape:
             with torch.no_grad():
                 self._seen = token_losses(logits, batch.labels)
-
-
-def _logits_of(output: object) -> object:
-    """The logits in what an LM gives: by name, or with `return_dict=False` first, or behind the loss."""
-    if isinstance(output, tuple) and not hasattr(output, "logits"):
-        return next((value for value in output[:2] if isinstance(value, Tensor) and value.ndim == 3), None)
-    return getattr(output, "logits", None)
 
 
 class TrainingLosses:
