@@ -81,7 +81,8 @@ class PreemptionCheckpoint(Checkpoint):
         if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
             rank_zero_warn(
                 "PreemptionCheckpoint cannot see signals, because this fit runs outside the main thread: a run that "
-                "is told to stop ends at once, and a resume begins at the last checkpoint that ModelCheckpoint has written."
+                "is told to stop ends at once, and a resume begins at the last checkpoint that ModelCheckpoint has "
+                "written."
             )
             return
         # Until now a signal ends the process, and nothing is lost. Lightning restores what it found before the fit.
