@@ -12,7 +12,7 @@ class ConfigError(ValueError):
 
 
 class ExportError(RuntimeError):
-    """A model that trained and could not be written under its name: one sentence that says why, and where it is now."""
+    """A trained model that could not be exported under its name: one sentence that says why, and where it is now."""
 
 
 def check_choice(owner: object, key: str, value: object, allowed: Sequence[str], more: str = "") -> None:

@@ -158,7 +158,7 @@ def load_tokenizer(
 
 
 def loading_problems(report: dict[str, Any]) -> list[str]:
-    """What transformers left random, or left out, with a mere warning; empty if every weight found its place.
+    """The weights that transformers left random or left out with only a warning; empty if every weight found its place.
 
     Args:
         report: what `from_pretrained(output_loading_info=True)` returns beside the model.

@@ -130,7 +130,7 @@ def _random_plan(anatomy: Anatomy, target: Shape, rng: random.Random) -> Pruning
 
 
 def _check_plan(anatomy: Anatomy, plan: PruningPlan, batch: Tensor) -> None:
-    """Masked, cut and exported, one model computes the same."""
+    """The masked, the cut and the exported model compute the same."""
     with torch.no_grad(), masked(anatomy, plan):
         expected = anatomy.lm(batch, use_cache=False).logits
     lm = copy.deepcopy(anatomy.lm)

@@ -73,7 +73,7 @@ def projections_stay(shape: Shape, config: PretrainedConfig) -> str | None:
 
 
 def nearest(shape: Shape, source: Shape, fits: Callable[[Shape], bool]) -> list[Shape]:
-    """What can be had instead of `shape`: other hidden dimensions with its heads, and other heads with its dimensions.
+    """The shapes nearest to `shape`: other hidden dimensions with its heads, and other heads with its dimensions.
 
     Where neither can be, both change. Groups keep as many query heads as in `shape`.
 

@@ -80,8 +80,9 @@ class PreemptionCheckpoint(Checkpoint):
         self._polled = trainer.global_step, time.monotonic()
         if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
             rank_zero_warn(
-                "PreemptionCheckpoint cannot see signals, because this fit runs outside the main thread: a run that is "
-                "told to stop ends at once, and goes on from the last checkpoint that ModelCheckpoint has written."
+                "PreemptionCheckpoint cannot see signals, because this fit runs outside the main thread: a run that "
+                "is told to stop ends at once, and a resume begins at the last checkpoint that ModelCheckpoint has "
+                "written."
             )
             return
         # Until now a signal ends the process, and nothing is lost. Lightning restores what it found before the fit.
@@ -133,9 +134,7 @@ class PreemptionCheckpoint(Checkpoint):
         saver = self._saver(trainer)
         save_last(saver, trainer)
         cause = "another rank's signal" if self.received is None else self.received.name
-        rank_zero_info(
-            f"Stopped by {cause} after step {trainer.global_step}: {saver.last_model_path} goes on from there."
-        )
+        rank_zero_info(f"Stopped by {cause} after step {trainer.global_step}: resume from {saver.last_model_path}.")
 
     @staticmethod
     def _saver(trainer: L.Trainer) -> ModelCheckpoint:
@@ -144,7 +143,8 @@ class PreemptionCheckpoint(Checkpoint):
         saver = next((saver for saver in savers if saver.save_last is True), None)
         if saver is None:
             raise ConfigError(
-                "PreemptionCheckpoint saves what `ckpt_path=last` goes on from, and no ModelCheckpoint keeps that: add "
+                "PreemptionCheckpoint saves the checkpoint that `ckpt_path=last` resumes from, and no ModelCheckpoint "
+                "keeps it: add "
                 "one with save_last: true to trainer.callbacks."
             )
         return saver

@@ -71,7 +71,7 @@ class RunReport(FinishingCallback):
         self._before: dict[str, int] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew, unless this trainer has trained already and goes on."""
+        """Start again from zero, unless this trainer continues an earlier fit."""
         super().setup(trainer, pl_module, stage)
         self._precision = {"used": str(trainer.precision), "reason": self.precision_reason}
         if stage == "fit" and trainer.global_step == 0:
@@ -88,7 +88,7 @@ class RunReport(FinishingCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the totals of the run that wrote the checkpoint."""
+        """Continue with the totals of the run that wrote the checkpoint."""
         self._tokens = dict(state_dict["tokens"])
         self._seconds = dict(state_dict["seconds"])
         self._metrics = dict(state_dict["metrics"])
@@ -117,7 +117,7 @@ class RunReport(FinishingCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Book the time since the last batch."""
+        """Add the time since the last batch to its phase."""
         self._lap(self._phase)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,7 +125,7 @@ class RunReport(FinishingCallback):
         self._lap(self._phase)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Book validation on its own."""
+        """Count validation separately."""
         self._lap("validation")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -149,7 +149,7 @@ class RunReport(FinishingCallback):
         self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave none there either: Lightning calls no `teardown` then."""
+        """Leave no hook on the model here either: Lightning does not call `teardown` after an exception."""
         self._release()
 
     def _release(self) -> None:

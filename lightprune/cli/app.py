@@ -113,7 +113,7 @@ class LightpruneCLI(OpenCLI):
                 raise ConfigError(explain(str(error), verb, settings, callbacks_there)) from error
 
     def before_checkpoint(self, path: str) -> None:
-        """Refuse what is no checkpoint: Lightning reads hyperparameters there first, and its weights much later."""
+        """Refuse a path that is no checkpoint: Lightning would read the weights only much later."""
         if path not in ("last", "best", "hpc") and not path.startswith("registry"):
             from lightprune.pipeline.run_checks import check_checkpoint
 

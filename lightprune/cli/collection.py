@@ -1,4 +1,4 @@
-"""The garbage collector and imports: what an import makes stays, and looking through it again and again takes time."""
+"""The garbage collector and imports: what an import creates is never garbage, and scanning it again takes time."""
 
 import gc
 from collections.abc import Iterator

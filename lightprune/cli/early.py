@@ -91,7 +91,7 @@ def _check_verbs(arguments: Sequence[str]) -> None:
 
 
 def _check_config(file: str) -> None:
-    """Refuse a file that is not there or is not a mapping in YAML. What is no local file is for the parser to read."""
+    """Refuse a file that is not there or is not a mapping in YAML. What is no local file is left to the parser."""
     if "://" in file or file == "-" or file.lstrip().startswith("{"):
         return
     try:

@@ -1,4 +1,4 @@
-"""What jsonargparse is asked for beyond a plain parse."""
+"""What lightprune needs from jsonargparse beyond a plain parse."""
 
 import json
 import re

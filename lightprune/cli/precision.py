@@ -79,7 +79,7 @@ def _say(line: str) -> None:
 
 
 def _other_choice(saved: str, here: Choice) -> str:
-    """What to add if a new run on this machine would get another precision."""
+    """What to add to the message if a new run on this machine would get another precision."""
     if saved == here.used:
         return ""
     cost = f"; {_COST}" if saved in _IN_BFLOAT16 else ""

@@ -86,7 +86,7 @@ def _configured_tokenizer(trainer: pl.Trainer) -> Tokenizer | None:
 
 
 def _last_of(trainer: pl.Trainer) -> str:
-    """The checkpoint that `fit --ckpt_path last` would go on from."""
+    """The checkpoint that `fit --ckpt_path last` would resume from."""
     found = found_checkpoint(trainer, "last")
     if found is None:
         raise ConfigError("There is no last checkpoint of this config: name one in `ckpt_path`.")

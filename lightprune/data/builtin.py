@@ -1,4 +1,4 @@
-"""Domains that come with Python or with a small PyPI package, so that a first run needs no hub.
+"""Domains that come with Python or with a small PyPI package, so that a first run needs no download.
 
 python-source
     The standard library's own `.py` files, one document each. PSF License.

@@ -39,11 +39,11 @@ class DocumentStream(Iterator[str]):
         return text
 
     def skip_to(self, read: int) -> None:
-        """Reads on until `read` documents lie behind."""
+        """Reads until `read` documents have been skipped."""
         for _ in islice(self, read - self.read):
             pass
 
     @property
     def place(self) -> dict[str, object] | None:
-        """Where a hub data set stands, as plain Python; None for files."""
+        """The position in a hub data set, as plain Python; None for files."""
         return None if self._hub is None else self._hub.state_dict()

@@ -1,4 +1,4 @@
-"""Opens domains: tokenizes what the cache lacks, and cuts each one into blocks for training and for validation."""
+"""Opens domains: tokenizes what is not in the cache, and cuts each domain into blocks for training and validation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -148,7 +148,7 @@ class MixtureSampler(DistributedSampler[tuple[int, int]]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the last consumed batch, with the weights of the checkpoint.
+        """Continues after the last consumed batch, with the weights of the checkpoint.
 
         The number of ranks may be another one if they take batches of the same size together.
 

@@ -236,7 +236,7 @@ class TextDataModule(LightningDataModule):
         return self._sampler.state_dict() if self._sampler else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes training back to where the checkpoint was; nothing to do when there is no training."""
+        """Takes training back to where the checkpoint was; does nothing when nothing trains."""
         if self._sampler:
             self._sampler.load_state_dict(state_dict)
 

@@ -24,7 +24,7 @@ class Supply(Protocol):
 
     @property
     def identity(self) -> object:
-        """Plain Python that differs where the blocks differ, to know a checkpoint of other data by."""
+        """Plain Python that differs where the blocks differ, to recognize a checkpoint of other data."""
 
     def ensure(self, count: int) -> int:
         """Waits until the first `count` blocks can be read, and returns how many of these there are."""

@@ -35,7 +35,7 @@ def key_of(domain: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first, or else its kind."""
+    """The first line of an error's message, or its class name if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -111,7 +111,7 @@ def rows(dataset: "datasets.IterableDataset", field: str, domain: str) -> Iterat
         except StopIteration:
             return
         except Exception as error:  # of the network, the file system or the format
-            raise ConfigError(f"{key_of(domain)} cannot be read on: {first_line(error)}.") from error
+            raise ConfigError(f"{key_of(domain)} cannot be read to its end: {first_line(error)}.") from error
         if field not in row:
             raise _missing_field(field, row, "the data set", domain)
         yield row[field]
@@ -144,7 +144,7 @@ def _text(path: Path, separator: str | None) -> Iterator[str]:
 
 
 def _split(chunks: Iterable[str], separator: str) -> Iterator[str]:
-    """What `"".join(chunks).split(separator)` holds; looks at every character once, however long a document is."""
+    """What `"".join(chunks).split(separator)` gives; reads every character once, however long a document is."""
     overlap = len(separator) - 1  # characters that may be the beginning of a separator
     pieces: list[str] = []
     rest = ""
@@ -161,7 +161,7 @@ def _split(chunks: Iterable[str], separator: str) -> Iterator[str]:
 
 
 def _table(path: Path, field: str, domain: str, delimiter: str) -> Iterator[object]:
-    """A column of a table whose first line names the columns; a cell in quotes may hold line breaks."""
+    """A column of a table whose first line names the columns; a quoted cell may hold line breaks."""
     import pyarrow as pa
     from pyarrow import csv
 

@@ -100,7 +100,7 @@ class Source:
         given = [kind for kind in _KINDS if getattr(self, kind)]
         if len(given) != 1:
             found = " and ".join(given) if given else "none of them"
-            raise ConfigError(f"{key_of(domain)} wants exactly one of {', '.join(_KINDS)}, but has {found}.")
+            raise ConfigError(f"{key_of(domain)} needs exactly one of {', '.join(_KINDS)}, but has {found}.")
         for option, kind in _ONLY_FOR.items():
             if getattr(self, option) is not None and given != [kind]:
                 raise ConfigError(f"{key_of(domain)}.{option} goes with {kind!r} only, but the source is {given[0]!r}.")
@@ -131,7 +131,7 @@ class Source:
                 raise ConfigError(f"{key_of(domain)}.{field.name} is {value!r}: it must be {words}.")
 
     def identity(self, domain: str) -> dict[str, object]:
-        """What the token cache knows the text by: the options, and path, size and time of every local file.
+        """The key of the text in the token cache: the options, and path, size and time of every local file.
 
         Raises:
             ConfigError: A file, a directory or a package is missing.

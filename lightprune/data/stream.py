@@ -124,7 +124,7 @@ class TokenStream:
         return self.progress.tokens < tokens and not self.progress.ended
 
     def _tokenize(self, goal: int) -> "Future[None]":
-        """The background's work: what is going on there already, or else to tokenize up to `goal` tokens."""
+        """The background job: the one that runs already, or a new one that tokenizes up to `goal` tokens."""
         if self._job is not None and self._job.done():
             done, self._job = self._job, None
             done.result()  # raises what went wrong
@@ -168,7 +168,7 @@ class TokenStream:
             self._commit(files, progress)
 
     def _documents_behind(self, progress: Progress) -> DocumentStream:
-        """The source's documents behind those that are tokenized, which another process may have done meanwhile."""
+        """The source's documents after those that are tokenized, perhaps by another process in the meantime."""
         if self._documents is None or self._documents.read > progress.documents:
             self._documents = DocumentStream(self._source, self._domain, progress.documents, progress.place)
         self._documents.skip_to(progress.documents)

@@ -170,7 +170,7 @@ class DocumentEncoder:
 
 
 def no_text(domain: str, documents: int) -> ConfigError:
-    """What to raise where none of a domain's documents holds any text."""
+    """The error for a domain whose documents hold no text."""
     return ConfigError(f"{key_of(domain)} is empty: none of its {documents} documents holds any text.")
 
 

@@ -157,7 +157,7 @@ def _target_now(path: str, overwrite: bool) -> Path:
 
 
 def _check_apart(target: Path, trainer: L.Trainer) -> None:
-    """Refuse a directory that the run itself will make, and that so would be there when the export comes."""
+    """Refuse a directory that the run itself will create: it would exist when the export is written."""
     made: dict[str, list[str | None]] = {
         "trainer.default_root_dir": [trainer.default_root_dir],
         "a ModelCheckpoint's `dirpath`": [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks],

@@ -70,7 +70,7 @@ def is_model_card(path: Path) -> bool:
 
 
 def _hub_name(lm: PreTrainedModel) -> str | None:
-    """`org/name` if the model came from the Hub, as far as it still knows."""
+    """`org/name` if the model came from the Hub and still holds that name."""
     name = str(lm.name_or_path)
     parts = name.split("/")
     return name if len(parts) == 2 and all(parts) and " " not in name and not Path(name).exists() else None

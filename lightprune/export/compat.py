@@ -1,4 +1,4 @@
-"""What older versions of `transformers` need beside what 5 writes, and which versions read the result."""
+"""What older versions of `transformers` need besides what version 5 writes, and which versions read the result."""
 
 import copy
 import json
@@ -109,7 +109,7 @@ def _scaling(config: Mapping[str, object], rope: Mapping[str, object]) -> dict[s
 
 
 def complete_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
-    """Say of a saved tokenizer what version 4 asks for; version 5 reads it as before.
+    """Add to a saved tokenizer what version 4 needs; version 5 reads it as before.
 
     Version 5 calls its own class `TokenizersBackend`, and lists special tokens under a name that in 4 is a mapping. For
     a Llama's tokenizer, 4 takes for granted that texts open with BOS.

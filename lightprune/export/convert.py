@@ -1,4 +1,4 @@
-"""What a stock class cannot hold as it is in memory, put into what it can hold, without touching the model."""
+"""Converts what a stock class cannot hold into what it can hold, without changing the model in memory."""
 
 import copy
 from collections.abc import Mapping

@@ -32,13 +32,13 @@ PLAIN_OUTPUTS = {
 }
 
 
-# What runs on every device and in every dtype; others, such as FlashAttention, want a GPU and half precision.
+# What runs on every device and in every dtype; others, such as FlashAttention, need a GPU and half precision.
 _ANYWHERE = ("eager", "sdpa")
 
 
 @contextmanager
 def plain_outputs(lm: PreTrainedModel) -> Iterator[None]:
-    """Inside, a forward pass returns logits and a cache, whatever the model's config asks for beside them."""
+    """Inside, a forward pass returns logits and a cache, whatever else the model's config asks for."""
     config = lm.config
     changed = {n: getattr(config, n) for n, v in PLAIN_OUTPUTS.items() if getattr(config, n, v) not in (v, None)}
     try:

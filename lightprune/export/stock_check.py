@@ -165,7 +165,7 @@ def _runs(stock: PreTrainedModel) -> bool:
 
 @contextmanager
 def _buffers_kept(lm: PreTrainedModel) -> Iterator[None]:
-    """Buffers are afterwards as they were: a `forward` of somebody's own may count in them."""
+    """Restore the buffers afterwards: a custom `forward` may count in them."""
     owners = [(module, name, buffer) for module in lm.modules() for name, buffer in own_buffers(module).items()]
     kept = [(*owner, None if owner[2] is None else owner[2].clone()) for owner in owners]
     try:

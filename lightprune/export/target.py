@@ -60,7 +60,9 @@ def check_target(path: str | Path, *, overwrite: bool, key: str = "path") -> Pat
     try:
         target = Path(path).expanduser()
     except RuntimeError as error:  # the home of somebody unknown
-        raise ConfigError(f"The output is {str(path)!r}, and there is no such home: choose another `{key}`.") from error
+        raise ConfigError(
+            f"The output is {str(path)!r}, and no such home directory is known: choose another `{key}`."
+        ) from error
     above = next((parent for parent in target.absolute().parents if parent.exists()), target)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ConfigError(
@@ -117,7 +119,7 @@ def free_beside(target: Path) -> Path:
 
 
 def put_in_place(draft: Path, target: Path) -> None:
-    """Give a draft its name. What had it goes first to `<name>-older`, and is removed when the new one is in place.
+    """Give a draft its final name. An earlier export moves to `<name>-older` first, and is removed afterwards.
 
     No directory can replace another one at once. At every moment, also when the process is killed, both are there whole
     under names that can be found; an error or an interrupt in between gives the older one its name back.

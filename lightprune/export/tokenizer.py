@@ -51,7 +51,7 @@ def given_tokenizer(tokenizer: object, key: str) -> Tokenizer | None:
 
 
 def warn_of_none(key: str) -> None:
-    """Say once that a model goes out without a tokenizer, and what to do."""
+    """Warn once that the model is exported without a tokenizer, and say what to do."""
     rank_zero_warn(
         f"No tokenizer was found, so none is exported with the model: set {key} to the tokenizer, its directory or its "
         f"Hub id, or keep it as `self.tokenizer` in the module or in the data module."

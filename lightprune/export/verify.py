@@ -18,7 +18,7 @@ from lightprune.surgery.stock_class import auto_class, is_tied
 
 
 def verify_export(path: Path, lm: PreTrainedModel, out: Outgoing) -> None:
-    """Reload a directory as anyone would and compare it with the model in memory, which is in eval mode.
+    """Reload a directory as a user would, and compare it with the model in memory, which is in eval mode.
 
     It is reloaded on the CPU. Once every weight there is known to be that in memory, the logits are computed with the
     latter, so that the training device holds no second model.

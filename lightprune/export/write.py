@@ -53,7 +53,7 @@ def check_generation_config(lm: PreTrainedModel) -> None:
 
 
 def _saveable(config: GenerationConfig) -> GenerationConfig:
-    """A copy without what has no effect and yet keeps `transformers` from saving, as in some models of the hub."""
+    """A copy without settings that have no effect but keep `transformers` from saving, as in some models on the Hub."""
     config = copy.deepcopy(config)
     sampling = () if config.do_sample or config.penalty_alpha else _FOR_SAMPLING
     beams = () if (config.num_beams or 1) > 1 else _FOR_BEAMS

@@ -47,7 +47,7 @@ class Coupled:
         return shape.numel() // shape[self.dimension] * self.rows
 
     def units(self, tensor: Tensor) -> Tensor:
-        """What of `tensor`, of the weight's shape, is the units': a view [n, ...] that can be changed in place."""
+        """The units' part of `tensor`, which has the weight's shape: a view [n, ...] that can be changed in place."""
         run = tensor.narrow(self.dimension, self.offset, self.count * self.rows)
         return torch.unflatten(run, self.dimension, (self.count, self.rows)).movedim(self.dimension, 0)
 

@@ -1,7 +1,7 @@
 """Checkpoints that appear whole or not at all, files and DeepSpeed's directories alike.
 
 Lightning writes a file below TMPDIR and moves it, which on another file system than the checkpoint's is a copy over the
-old one; DeepSpeed writes into the old directory. A process that is killed meanwhile leaves no checkpoint to go on from.
+old one; DeepSpeed writes into the old directory. If a process is killed meanwhile, no checkpoint is left.
 """
 
 import shutil

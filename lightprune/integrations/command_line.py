@@ -10,7 +10,7 @@ PrecisionInput = _PRECISION_INPUT
 
 
 class OpenCLI(LightningCLI):
-    """LightningCLI with doors where it has private methods."""
+    """LightningCLI with public methods for some of its private ones."""
 
     def before_checkpoint(self, path: str) -> None:
         """Called with `ckpt_path`, where the config or the command line gives one, before anything reads it."""

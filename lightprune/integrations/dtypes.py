@@ -19,7 +19,7 @@ def main_dtype(lm: PreTrainedModel) -> torch.dtype:
 
 @contextmanager
 def in_dtype(lm: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, all floating-point weights have one dtype: without autocast, a stock class runs in no mixture of them.
+    """Inside, all floating-point weights have one dtype: without autocast, a stock class cannot run in several.
 
     The parameters stay the same objects, so that ties hold and an optimizer does not notice.
     """

@@ -1,4 +1,4 @@
-"""What lightprune asks of the trainer and the module that it is a guest of."""
+"""What lightprune asks of Lightning's trainer and of the user's module."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,12 +46,11 @@ def find_causal_lm(module: nn.Module) -> tuple[str, PreTrainedModel]:
         if isinstance(child, PreTrainedModel) and child.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
     }
     named: str | None = getattr(module, "pruned_model", None)
-    for child in found.values():
-        inner = None if named is None else _at(module, named)  # it may have a second name
-        if inner is child:
-            return str(named), child
+    asked = None if named is None else _at(module, named)
     for name, child in found.items():
-        if named is not None and getattr(getattr(child, "model", None), "language_model", None) is _at(module, named):
+        if asked is child:
+            return str(named), child  # it may have a second name
+        if asked is not None and asked is getattr(getattr(child, "model", None), "language_model", None):
             return name, child
     there = " and ".join(sorted(found))
     if named is not None and found:
@@ -97,7 +96,7 @@ def check_causal_lm(lm: object, wanted_by: str) -> None:
     """Refuse what is no Hugging Face model.
 
     Raises:
-        ConfigError: it names what wants one.
+        ConfigError: it names what needs one.
     """
     if not isinstance(lm, PreTrainedModel):
         raise ConfigError(

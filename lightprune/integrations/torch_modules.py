@@ -1,4 +1,4 @@
-"""What PyTorch keeps on modules, parameters and optimizers, beyond its public names."""
+"""Private attributes of PyTorch's modules, parameters and optimizers."""
 
 import copy
 from collections.abc import Mapping, Sequence

@@ -1,1 +1,1 @@
-"""Hooks on a model that leave no trace: gates on layers, masks on units, and the forward passes that they act in."""
+"""Hooks on a model that can be removed without a trace: gates on layers, masks on units, and the passes they act in."""

@@ -25,7 +25,7 @@ Edited = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
 
 @dataclass(frozen=True)
 class Values:
-    """What every unit counts for, in [0, 1]; 0 is closed. At least float32; None where a structure is left alone.
+    """The value of every unit, in [0, 1]; 0 is closed. At least float32; None for a structure that is left alone.
 
     Attributes:
         layers: [L], of what a layer's attention and MLP add to the residual stream.
@@ -108,7 +108,7 @@ class UnitValues:
 
     @torch.no_grad()
     def fold(self, edited: Edited = lambda parameter: nullcontext(parameter.detach())) -> None:
-        """Write the values into the weights, so that without hooks, and cut, the model computes what it does now.
+        """Write the values into the weights, so that the model computes the same without hooks, and after the cut.
 
         Args:
             edited: gives the whole of a parameter, to be changed in place.
@@ -158,7 +158,7 @@ class UnitValues:
         return lambda: layer in self._closed
 
     def _note_kept(self, axis: Axis, known: bool) -> None:
-        """Note for the norms over an axis which dimensions stay; where the host reads it, only if some do not."""
+        """Record for the norms over an axis which dimensions stay; read by the host only if some do not."""
         values = self.values.hidden if axis == HIDDEN else self.values.heads
         places = [layer for normed, layer in self._normed if normed == axis]
         if values is None or not places:
@@ -187,7 +187,7 @@ class UnitValues:
 
 
 def _scaled_by(scale_now: Callable[[], Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """Multiplies an activation [..., n] by what a scale, [n] or [], is by then."""
+    """Multiplies an activation [..., n] by the current value of a scale, [n] or []."""
 
     def change(activation: Tensor) -> Tensor:
         scale = scale_now()

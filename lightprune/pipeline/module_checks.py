@@ -1,4 +1,4 @@
-"""What no cut could carry along, found in the user's module as it is bound, and refused before anything trains."""
+"""What no cut can handle in the user's module: found when the module is bound, and refused before anything trains."""
 
 from collections.abc import Collection
 
@@ -151,7 +151,7 @@ def _same_weights(left: nn.Module, right: nn.Module) -> bool:
 
 
 def check_sliced(module: nn.Module, anatomy: Anatomy, layers: Collection[int], units: Collection[Structure]) -> None:
-    """Refuse what hangs on what a cut removes or replaces by something smaller; warn of what may read its output.
+    """Refuse what depends on weights that a cut removes or makes smaller; warn of what may read their output.
 
     Args:
         module: what holds the causal LM.

@@ -147,7 +147,7 @@ class Part(Callback, ABC):
         """Look at the model as the module has built it, before any checkpoint is loaded; called in a fit."""
 
     def advance(self, step: int) -> None:
-        """Become what this part has to be once `step` optimizer steps are done. Called often; must be idempotent."""
+        """Bring this part to its state after `step` optimizer steps. Called often; must be idempotent."""
 
     def penalty(self) -> Tensor | None:
         """A scalar to add to the loss of the batch whose forward pass has just run, or None."""
@@ -206,7 +206,7 @@ class Part(Callback, ABC):
         """Take every hook off the model."""
 
     def finish(self) -> None:
-        """Leave an ordinary model: training is over, and what it became is written next. Called often; idempotent."""
+        """Leave an ordinary model: training is over, and the model is written next. Must be idempotent."""
 
 
 class DecidingPart(Part):

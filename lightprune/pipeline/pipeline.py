@@ -163,14 +163,14 @@ class Pipeline:
             part.advance(self.step)
 
     def check_run(self) -> None:
-        """Refuse what only shows once data and optimizers are there, and still before the first step."""
+        """Check what can only be checked once data and optimizers exist, still before the first step."""
         run_checks.check_run(self)
         check_hooks(self)
         for part in self.parts:
             part.shaped_by = self
 
     def evaluate(self) -> None:
-        """Where a checkpoint is evaluated outside a fit, let the model compute what it did as that was saved."""
+        """If a checkpoint is evaluated outside a fit, let the model compute what it did when it was saved."""
         if self._evaluated is None:
             return
         undecided = [selector for selector in self.selectors if selector.plan is None and selector.stop <= self.step]
@@ -180,7 +180,7 @@ class Pipeline:
                     part.advance(self.step)
 
     def finish(self) -> None:
-        """Let the parts leave an ordinary model. Whoever comes first at the end of training calls it."""
+        """Let the parts leave an ordinary model. The first callback that acts at the end of training calls this."""
         for part in self.parts:
             part.finish()
         missed = unfinished(self.cycles, self.trainer.global_step) if self.fitting and not self._ended else None
@@ -199,7 +199,7 @@ class Pipeline:
                 part.built()
 
     def close(self) -> None:
-        """Leave the module and the strategy as they were found."""
+        """Restore the module and the strategy as they were found."""
         for part in self.parts:
             part.detach()
         self.weights.release()

@@ -1,4 +1,4 @@
-"""What only shows once data, optimizers or a checkpoint are there, and is still refused before the first step."""
+"""Checks that need data, optimizers or a checkpoint, and still come before the first step."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -85,7 +85,7 @@ def _check_freshness(pipeline: PipelineView) -> None:
 
 
 def _check_windows(pipeline: PipelineView) -> None:
-    """Refuse selectors that would decide from less than their window, in a run that goes on from one without them."""
+    """Refuse selectors that would decide from less than their window, in a run that resumes one without them."""
     for selector in pipeline.selectors:
         missed = selector.needs_batches and selector.start < pipeline.step
         if missed and selector.plan is None and not selector.opened:
@@ -130,7 +130,7 @@ def _check_length(pipeline: PipelineView) -> None:
 
 
 def _check_clipping(pipeline: PipelineView) -> None:
-    """Refuse at once what Lightning refuses at the first step that moves weights, perhaps long after selection."""
+    """Refuse at once what Lightning would refuse at the first step that moves weights, perhaps long after selection."""
     trainer = pipeline.trainer
     fused = [o for o in pipeline.adapter.optimizers if is_fused(o)]
     if trainer.gradient_clip_val and fused and isinstance(trainer.precision_plugin, MixedPrecision):

@@ -62,7 +62,7 @@ def doomed_layers(selectors: Sequence[DecidingPart], num_layers: int) -> Sequenc
 
 
 def unfinished(cycles: Sequence[Cycle], step: int) -> str | None:
-    """What a run that ended after `step` optimizer steps has not come to, in a sentence; None where it did all."""
+    """What a run that ended after `step` optimizer steps did not reach, in a sentence; None if it did everything."""
     longer = "let the run train longer (the data, early stopping, trainer.max_epochs or trainer.max_time ended it)"
     for cycle in cycles:
         if cycle.cut is not None and not cycle.done:

@@ -20,7 +20,7 @@ class Stage(IntEnum):
 
 
 def parts_last(callbacks: Sequence[Callback], parts: Sequence[Callback]) -> list[Callback]:
-    """The callbacks in the order of their calls: strangers as they were, the parts, and at last what saves them all.
+    """The callbacks in calling order: other callbacks as they were, the parts, and last those that save checkpoints.
 
     First of the strangers is Lightning's ModelPruning, which makes its masks permanent when training ends: whoever
     exports the model then has to find plain weights.

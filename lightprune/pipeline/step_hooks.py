@@ -38,7 +38,7 @@ class StepHooks:
         self._through_strategy = self._past_strategy = False
 
     def open(self) -> list[Callable[[], None]]:
-        """Shadow the strategy's methods; returns what uncovers them again."""
+        """Shadow the strategy's methods; returns the functions that restore them."""
         shadows = {
             "training_step": self._training_step,
             "backward": self._backward,
@@ -99,7 +99,7 @@ class StepHooks:
         try:
             return self._adapter.held_step(original, *args, **kwargs)
         except RuntimeError as error:
-            # Of autograd, where `loss.backward()` finds that nothing wants a gradient while the weights stand still.
+            # Of autograd, where `loss.backward()` finds that nothing needs a gradient while the weights stand still.
             if self._manual and not self._in_backward and "does not require grad" in str(error):
                 raise self._refusal() from error
             raise

@@ -30,7 +30,7 @@ class LoRARecovery(PruningCallback):
 
     The adapters take the places of the weights they adapt in the optimizers, in the same groups, so that weight decay,
     schedules and clipping go on; the language model's other parameters leave them, with their moments. Parameters of
-    the module outside the language model train on. The learning rate stays that of the optimizer: adapters want about
+    the module outside the language model train on. The learning rate stays that of the optimizer: adapters need about
     ten times that of full finetuning, which a `Recovery` beside this sets.
 
     A checkpoint between the cut and the end holds the adapters, and a resume goes on with them. From one that is saved

@@ -44,7 +44,7 @@ class Regularizer(PruningCallback):
 
     @abstractmethod
     def apply(self, elapsed: float) -> None:
-        """Become what this has to be in the next step, when the share `elapsed` of the window, in (0, 1], is over."""
+        """Prepare for the next step, when the share `elapsed` of the window, in (0, 1], is over."""
 
     @property
     def begins(self) -> int:

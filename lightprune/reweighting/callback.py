@@ -135,7 +135,7 @@ class DomainReweighting(FinishingCallback):
             check_data(self, trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Everything is built anew; what a checkpoint holds is taken over once training starts."""
+        """Build everything anew; the state from a checkpoint is taken over once training starts."""
         data = data_of(trainer)
         self._domains = list(data.domain_names)
         self._mixer = Mixer(

@@ -133,7 +133,7 @@ def initial_ratio(weights: Mapping[str, float], domains: list[str]) -> Array:
 
 
 def warn_of_equal_shares(ratio: Array) -> None:
-    """Say that a ratio [D] whose shares are all equal is one that no dynamic ratio moves."""
+    """Warn that a dynamic ratio never moves if all shares of the ratio [D] are equal."""
     used = ratio[ratio > 0]
     if np.allclose(used, used[0]):
         rank_zero_warn(
@@ -144,7 +144,7 @@ def warn_of_equal_shares(ratio: Array) -> None:
 
 
 def warn_of_rare_updates(settings: ReweightingSettings, trainer: L.Trainer, end: float) -> None:
-    """Say that the first update lies beyond the end, `end`, of the run or the callback's window."""
+    """Warn that the first update would come after the end, `end`, of the run or of the callback's window."""
     last = end - 1 if end == settings.stop else end  # the step of `stop` is not its own any more
     if settings.losses == "training" and last - settings.start < settings.every:
         rank_zero_warn(

@@ -157,7 +157,7 @@ class TrainingLosses:
         self._step = torch.zeros_like(self._step)
 
     def share(self) -> None:
-        """Bring the ranks together, in one reduction for all steps since the last time; every rank must ask."""
+        """Sum over the ranks, in one reduction for all steps since the last time; every rank must call this."""
         if self._steps:
             for of_step in self._all_reduce(torch.stack(self._steps)):
                 self._count(of_step)
@@ -178,7 +178,7 @@ class TrainingLosses:
         self._since += torch.where(known, torch.stack([sums, counts]), 0)
 
     def check(self) -> None:
-        """Refuse a run in which a sample's domain was none of those that there are; waits for the device and the ranks.
+        """Refuse a run with a sample whose domain is unknown; waits for the device and the ranks.
 
         Raises:
             ConfigError: there was one, in a batch of any rank.

@@ -79,7 +79,7 @@ class FixedReference:
 
 @dataclass(frozen=True)
 class _End:
-    """What the law is asked for."""
+    """The point that the law is asked about."""
 
     tokens: list[float]
     sparsity: float

@@ -14,7 +14,7 @@ from scipy.special import huber
 from lightprune.reweighting.robust import Array
 
 MIN_POINTS = 11
-"""A fit wants more than ten points."""
+"""A fit needs more than ten points."""
 
 _HUBER = 1e-3
 _SCREENED, _REFINED = 8, 3

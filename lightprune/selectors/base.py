@@ -55,7 +55,7 @@ class Selector(PruningCallback, DecidingPart):
         """The plan, with what was seen as its provenance; it need not be one that can be executed alone."""
 
     def expected_source(self) -> Shape | None:
-        """The model's shape when this decides; None once a cut is made, for what was to be said of it has been said."""
+        """The model's shape when this decides; None after a cut, since all was checked before it."""
         if any(cycle.done for cycle in self.pipeline.cycles):
             return None
         return expected_shapes(self.pipeline.cycles, self.pipeline.anatomy)[self.cycle.index]
@@ -94,11 +94,11 @@ class Selector(PruningCallback, DecidingPart):
         return self.open and self.hold_weights
 
     def settled(self) -> bool:
-        """Whether nothing more is to be learned before `stop`."""
+        """Whether the decision can be made before `stop`."""
         return False
 
     def seen_nothing(self) -> ConfigError:
-        """What to raise where the window has shown nothing to decide by."""
+        """The error for a window that has shown nothing to decide by."""
         return ConfigError(
             f"{type(self).__name__} has seen nothing by step {self.stop}: between its `start` and `stop` it needs "
             "batches that run through the model and have a loss."

@@ -116,7 +116,7 @@ class Counts:
 
 
 def serving_advice(source: Shape, target: Shape) -> list[str]:
-    """What servers that split a model over devices will dislike about the counts that a cut leaves."""
+    """Why servers that split a model over devices may not run the counts that a cut leaves, or run them slowly."""
     advice = []
     if target.channels != source.channels and target.channels % 64:
         advice.append(

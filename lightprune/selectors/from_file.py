@@ -52,7 +52,7 @@ class PlanFromFile(Selector):
 
     @property
     def _planned(self) -> PruningPlan:
-        """What was decided; before that, the file as it was when the run began."""
+        """The plan, once decided; before that, the file as it was when the run began."""
         if self.plan is not None:
             return self.plan
         if self._read is None:

@@ -1,4 +1,4 @@
-"""`StrategyAdapter`: what the pipeline asks of a Lightning strategy. One subclass for each kind that is supported."""
+"""`StrategyAdapter`: what the pipeline needs from a Lightning strategy. One subclass for each supported kind."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ Replaced = dict[nn.Parameter, tuple[nn.Parameter, Rows]]
 
 
 class StrategyAdapter(ABC):
-    """How one kind of Lightning strategy trains, and how it is made whole when the model changes under it.
+    """How one kind of Lightning strategy trains, and how it continues when the model changes under it.
 
     Attributes:
         supports: the Lightning strategies that this one works for.
@@ -162,7 +162,7 @@ class StrategyAdapter(ABC):
 
     @abstractmethod
     def rewrapped(self) -> AbstractContextManager[Replaced]:
-        """Inside, the model may change: its parameters, and those that the optimizers have. Then all is made whole.
+        """Inside, the model and the optimizers' parameters may change. Then the strategy's wrappers are made anew.
 
         What is entered takes note of every parameter that is replaced.
         """

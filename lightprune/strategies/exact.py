@@ -28,7 +28,7 @@ class ExactDeepSpeedStrategy(DeepSpeedStrategy):
 class CPUDeepSpeedStrategy(ExactDeepSpeedStrategy):
     """Real ZeRO of stages 1, 2 and 3 in several processes on a CPU, over gloo; for tests and for trying out a config.
 
-    It takes what `DeepSpeedStrategy` takes, `stage` first of all, and wants `trainer.accelerator=cpu`. It is slow, and
+    It takes what `DeepSpeedStrategy` takes, `stage` first of all, and needs `trainer.accelerator=cpu`. It is slow, and
     saves memory only if its processes run on different machines.
     """
 

@@ -14,7 +14,7 @@ def gradients_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def all_finite(gradients: Sequence[Tensor], present: Tensor | None = None) -> Tensor:
-    """Whether none of these gradients has overflowed, and `present` holds: bool [], which nobody waits for here."""
+    """Whether no gradient has overflowed, and `present` holds: a bool tensor [], read by nobody here."""
     holds = [] if present is None else [present]
     return torch.stack([*holds, *(gradient.isfinite().all() for gradient in gradients)]).all()
 

@@ -1,4 +1,4 @@
-"""One device: the module is its own engine, so there is nothing to make whole."""
+"""One device: nothing is wrapped around the module, so nothing has to be made anew."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -111,7 +111,7 @@ def _places_of_stage_3(zero: Any) -> Iterator[tuple[nn.Parameter, Place]]:
 
 
 def forget_gradients(zero: Any) -> None:
-    """Let parameters that get no gradient in the next step have none.
+    """Clear the gradients of parameters that get none in the next step.
 
     Stage 3 would step, and clip, with those of the step before: each is overwritten by the next, where there is one.
     """

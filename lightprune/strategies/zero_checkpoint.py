@@ -95,7 +95,7 @@ def _load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _plain_classes() -> list[Any]:
-    """What deepspeed writes into its files beside tensors and plain values: numbers with names, nothing that acts."""
+    """What deepspeed writes into its files beside tensors and plain values: enums and the like, no code."""
     if find_spec("deepspeed") is None:
         return []
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

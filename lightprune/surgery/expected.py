@@ -1,4 +1,4 @@
-"""How many parameters a model can be expected to keep, where its units stay by chance."""
+"""The number of parameters that a model is expected to keep, if its units stay with given probabilities."""
 
 from collections.abc import Mapping
 from math import prod

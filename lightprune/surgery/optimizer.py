@@ -1,4 +1,4 @@
-"""Surgery on optimizers: parameters that went leave, everything that belongs to the others stays as it is."""
+"""Surgery on optimizers: removed parameters leave, and everything that belongs to the others stays."""
 
 from collections.abc import Collection
 from itertools import compress
@@ -23,7 +23,7 @@ _PER_GROUP_LISTS = (
 
 
 def replace_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, rows: Rows) -> None:
-    """Put `new`, the `rows` of `old` that stay, in the place of `old`, with the moments that belong to these rows."""
+    """Replace `old` by `new`, its `rows` that stay, and keep the moments of these rows."""
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     state = optimizer.state.pop(old, None)
@@ -35,7 +35,7 @@ def replace_parameter(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter
 
 
 def remove_parameters(optimizer: Optimizer, schedulers: Collection[object], removed: Collection[nn.Parameter]) -> None:
-    """Take `removed` out of an optimizer, in place, with the moments that belong to them.
+    """Remove parameters from an optimizer, in place, with their moments.
 
     The parameters that stay keep their moments, step counts, group options and order; groups that lose their last
     parameter disappear, from the optimizer and from the `schedulers` that drive it, so that the result is what a

@@ -149,7 +149,7 @@ def parameter_difference(ours: Mapping[str, torch.Size], stock: PreTrainedModel)
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Let a config judge itself, as it will when it is saved and loaded.
+    """Run a config's own validation, as saving and loading it would.
 
     Raises:
         ConfigError: it finds its own values impossible.

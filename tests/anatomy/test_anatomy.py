@@ -144,9 +144,14 @@ def test_declared_fields_exist(name: str) -> None:
             assert getattr(layer.get_submodule(owner), key) == index
 
 
+SEEING = {"gemma3", "llava", "qwen2_5_vl"}  # in `test_multimodal.py`
+
+
 def test_every_declared_family_is_tested() -> None:
     tested = {tiny_lm(name, num_layers=1).config.model_type for name in FAMILIES}
-    assert tested | {*CHECKED_ALONE} == {model_type for family in DECLARED for model_type in family.model_types}
+    assert tested | {*CHECKED_ALONE} | SEEING == {
+        model_type for family in DECLARED for model_type in family.model_types
+    }
 
 
 def test_unknown_family_is_refused_with_the_known_ones() -> None:

@@ -323,8 +323,8 @@ def test_the_tokenizer_may_come_from_the_module_or_by_name(
     ("options", "sentence"),
     [
         ({"domains": {}}, "data.domains is empty, but must name at least one domain."),
-        ({"domains": {"x": Source()}}, "data.domains.x wants exactly one of"),
-        ({"domains": {"x": {}}}, "data.domains.x wants exactly one of"),
+        ({"domains": {"x": Source()}}, "data.domains.x needs exactly one of"),
+        ({"domains": {"x": {}}}, "data.domains.x needs exactly one of"),
         ({"domains": {"x": {"file": "a"}}}, "data.domains.x.file is unknown: the keys of a domain are hub, saved, fi"),
         ({"domains": {"x": "a.txt"}}, "data.domains.x is 'a.txt': it must be a Source, or a dictionary with some of"),
         ({"domains": ["a.txt"]}, "data.domains is ['a.txt'], but must be a dictionary of sources by the domains' na"),

@@ -16,7 +16,7 @@ _WRITERS = {"self_attn.o_proj": LINEAR, "mlp.experts": ("down_proj",), "mlp.down
 
 
 def _name_dense_layers(config: PretrainedConfig, resize: Resize) -> None:
-    """Say layer by layer which have an ordinary MLP: counted in steps, others would after layers are gone."""
+    """State for each layer whether it has an ordinary MLP: a step count would mean other layers once some are gone."""
     step = config.decoder_sparse_step
     dense = [i for i in range(resize.source.layers) if i in config.mlp_only_layers or (i + 1) % step != 0]
     config.mlp_only_layers = [new for new, old in enumerate(resize.kept_layers) if old in dense]

@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and MLP, none before; query and key norms run over all heads together."""
+"""OLMo 2: norms after attention and MLP, none before them; query and key norms run over all heads together."""
 
 from lightprune.anatomy.axes import HEADS, HIDDEN, KV_GROUPS
 from lightprune.anatomy.base import LINEAR, Family

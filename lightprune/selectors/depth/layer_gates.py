@@ -88,7 +88,7 @@ class LayerGateSelector(LayerSelector):
         self._forget()
 
     def _forget(self) -> None:
-        """Stand before the first round."""
+        """Return to the state before the first round."""
         self._gates = torch.empty(0)
         self._adam: torch.optim.Adam | None = None
         self._saved: dict[str, Any] | None = None

@@ -67,7 +67,7 @@ class MaskSet:
 
     @torch.no_grad()
     def deterministic(self, progress: float) -> Values:
-        """The values of evaluation, with as many units open as the target asks for by now."""
+        """The values for evaluation, with as many units open as the current target says."""
         counts = {structure: self._count(structure, progress) for structure in self.logits}
         return self._values({s: deterministic(logits, counts[s]) for s, logits in self.logits.items()})
 
@@ -81,7 +81,7 @@ class MaskSet:
         return torch.stack(terms).sum()
 
     def targets(self, progress: float) -> dict[Structure, float]:
-        """The share of each structure's masks that is to be closed by now, of which `progress` in [0, 1] has come."""
+        """The share of each structure's masks that should be closed at `progress` in [0, 1]."""
         return {s: progress * (1 - self.keep[s] / logits.shape[-1]) for s, logits in self.logits.items()}
 
     @torch.no_grad()

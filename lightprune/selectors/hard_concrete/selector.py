@@ -334,7 +334,7 @@ class HardConcreteSelector(Selector):
             self._units.set(self._draw.leaves, known=False)
 
     def _collect(self) -> None:
-        """Take the gradients of the batch's masks on to the logits.
+        """Carry the gradients of the batch's masks to the logits.
 
         The model uses leaves, so that checkpointed layers may run their own backward passes up to these.
         """
@@ -348,7 +348,7 @@ class HardConcreteSelector(Selector):
         self._draw = None
 
     def _progress(self, step: int) -> float:
-        """How much of the target sparsity has come by an optimizer step."""
+        """The share of the target sparsity that is reached at an optimizer step."""
         rising = self.warmup * (self.stop - self.start)
         return min((step - self.start) / rising, 1.0) if rising else 1.0
 
@@ -358,7 +358,7 @@ class HardConcreteSelector(Selector):
         return expected_parameters(self.pipeline.anatomy, self._masks.probabilities())
 
     def _note(self, step: int) -> None:
-        """Take down the sparsities of this step for the history, and log them if the trainer logs now."""
+        """Record the sparsities of this step for the history, and log them if the trainer logs now."""
         if step == self._noted or self._masks is None:
             return
         self._noted = step
@@ -376,7 +376,7 @@ class HardConcreteSelector(Selector):
             )
 
     def _read_history(self) -> None:
-        """Bring what was taken down since the last time from the device into the history."""
+        """Move the records since the last time from the device into the history."""
         if not self._seen or self._masks is None:
             return
         first = self._seen[0][0]
