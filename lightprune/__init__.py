@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what `__getattr__` brings, for type checkers and editors
     from lightprune.callbacks.progress import PruningProgressBar
     from lightprune.callbacks.random_state import RandomState
     from lightprune.callbacks.run_report import RunReport
+    from lightprune.compensation import LeastSquaresCompensation
     from lightprune.cut import StructuredCut
     from lightprune.distillation import Distillation
     from lightprune.errors import ConfigError, ExportError
@@ -63,6 +64,7 @@ __all__ = [
     "HardConcreteSelector",
     "LayerGateSelector",
     "LayerSelector",
+    "LeastSquaresCompensation",
     "LoRARecovery",
     "MagnitudeUnitSelector",
     "Part",
@@ -98,6 +100,7 @@ _HOMES = {
         "callbacks.progress": "PruningProgressBar",
         "callbacks.random_state": "RandomState",
         "callbacks.run_report": "RunReport",
+        "compensation": "LeastSquaresCompensation",
         "cut": "StructuredCut",
         "distillation": "Distillation",
         "errors": "ConfigError ExportError",

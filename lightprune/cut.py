@@ -122,6 +122,8 @@ class StructuredCut(PruningCallback, CuttingPart):
             part.fold()
         for part in self.pipeline.parts:
             part.detach()
+        for part in self.pipeline.parts:
+            part.before_cut(plan)
         start = time.perf_counter()
         engine = self.pipeline.adapter
         engine.expect_skips(self is not self.pipeline.cut and any(part.skips_layers for part in self.pipeline.parts))

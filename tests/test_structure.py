@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("importance", "surgery"),
     ("masks", "strategies"),
     ("pipeline",),
-    ("selectors", "regularizers", "cut", "recovery", "distillation", "callbacks"),
+    ("selectors", "regularizers", "cut", "recovery", "compensation", "distillation", "callbacks"),
     ("reweighting", "export"),
     ("__init__",),  # the public names, imported when they are asked for
     ("cli", "testing"),

@@ -16,6 +16,7 @@ VERBS = {
     "test": "measure a checkpoint on the test data",
     "plan": "print what a config would cut and when; trains nothing",
     "export": "write the model of a checkpoint as a Hugging Face directory",
+    "generate": "let the model write the text that a run is to train on",
 }
 
 HELP = f"""\

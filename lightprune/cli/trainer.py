@@ -1,4 +1,4 @@
-"""`PruningTrainer`: a Trainer with the verbs `plan` and `export`."""
+"""`PruningTrainer`: a Trainer with the verbs `plan`, `export` and `generate`."""
 
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ PrecisionSetting = Literal["auto"] | PrecisionInput | None
 
 
 class PruningTrainer(pl.Trainer):
-    """A Trainer with the two verbs that need a model and no training.
+    """A Trainer with the verbs that need a model and no training.
 
     Their code is imported when they run: the command line reads this class's arguments also where it only prints help.
 
@@ -53,3 +53,17 @@ class PruningTrainer(pl.Trainer):
 
         target = export(self, model, ckpt_path, output, datamodule, overwrite, weights_only, tokenizer)
         print(f"Exported to {target}")
+
+    def generate(
+        self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None, output: str | None = None
+    ) -> None:
+        """Let a model write the text of the domains that are `generated`, into the cache, where a fit finds it.
+
+        Args:
+            model: the module whose model writes, unless a domain names another one.
+            datamodule: a `TextDataModule` with such domains.
+            output: a file for the text too: JSON Lines, one `{"domain": ..., "text": ...}` for each document.
+        """
+        from lightprune.cli.verbs import generate
+
+        generate(model, datamodule, output)

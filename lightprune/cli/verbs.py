@@ -1,7 +1,9 @@
-"""What the verbs `plan` and `export` do."""
+"""What the verbs `plan`, `export` and `generate` do."""
 
+import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 
 from lightprune.cli.forecast import forecast
+from lightprune.data import TextDataModule
 from lightprune.errors import ConfigError
 from lightprune.export import (
     ExportHF,
@@ -25,6 +28,8 @@ from lightprune.integrations.checkpoints import found_checkpoint
 from lightprune.integrations.lightning import callbacks_of, find_causal_lm
 from lightprune.pipeline import Part, Pipeline
 from lightprune.plan import PruningPlan
+
+_SHOWN, _WIDTH = 3, 100  # documents of each domain that `generate` shows, and characters of each
 
 
 def print_plan(trainer: pl.Trainer, model: pl.LightningModule) -> None:
@@ -60,6 +65,24 @@ def export(
             warn_of_none("tokenizer")
         check_stock(pipeline.lm, instead="take the weights from the checkpoint itself")
         return export_hf(pipeline.lm, output, tokenizer=found, plan=plan, card=card, overwrite=overwrite)
+
+
+def generate(model: pl.LightningModule, datamodule: pl.LightningDataModule | None, output: str | None) -> None:
+    """Let a model write the text of the generated domains: see `PruningTrainer.generate`."""
+    if not isinstance(datamodule, TextDataModule):
+        raise ConfigError(f"`generate` writes the text of a TextDataModule, and data is {type(datamodule).__name__}.")
+    written = datamodule.generate(model)
+    decode = datamodule.tokenizer.decode
+    with nullcontext() if output is None else Path(output).open("w", encoding="utf-8") as file:
+        for domain, cache in written.items():
+            starts = [0, *cache.ends.tolist()]
+            print(f"{domain}: {len(cache.tokens):,} tokens in {len(cache.ends):,} documents at {cache.directory}")
+            for number, (begin, end) in enumerate(pairwise(starts)):
+                text = decode(cache.tokens[begin:end].tolist(), skip_special_tokens=True)
+                if number < _SHOWN:
+                    print(f"  {' '.join(str(text).split())[:_WIDTH]}")
+                if file is not None:
+                    file.write(json.dumps({"domain": domain, "text": text}, ensure_ascii=False) + "\n")
 
 
 @contextmanager

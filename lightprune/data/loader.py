@@ -43,6 +43,16 @@ class MixtureLoader(DataLoader[dict[str, Tensor]]):
             self.sampler.advance()
             yield batch
 
+    def upcoming(self) -> Iterator[dict[str, Tensor]]:
+        """The batches that training will get next, read without consuming them."""
+        yield from DataLoader(
+            self.dataset,
+            sampler=self.sampler.ahead(),
+            batch_size=self.batch_size,
+            drop_last=True,
+            generator=self.generator,
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state. With these two methods Lightning knows that the loader can be resumed."""
         return self.sampler.state_dict()

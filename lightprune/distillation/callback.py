@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightprune.distillation.divergence import divergence
+from lightprune.distillation.kl import divergence
 from lightprune.distillation.teacher import Teacher
 from lightprune.errors import ConfigError, check_number
 from lightprune.hub import Dtype, load_causal_lm, torch_dtype
@@ -81,6 +81,7 @@ class Distillation(PruningCallback):
         self._logits: Tensor | None = None  # of that pass
         self._states: dict[int, Tensor] = {}  # outputs of the student's layers at the borders of the cut
         self._last = torch.zeros(())
+        self._taken = False  # whether the model has become the teacher at `snapshot`
         self._of_head = False  # whether the logits are those of the head alone
 
     @property
@@ -127,7 +128,7 @@ class Distillation(PruningCallback):
                 "to null."
             )
 
-    def attach(self) -> None:
+    def built(self) -> None:
         """Copy the model while it is what the run begins with, or load the teacher."""
         if self._teacher is not None:  # a fit that goes on
             return
@@ -135,8 +136,8 @@ class Distillation(PruningCallback):
             lm = load_causal_lm(self.teacher, dtype=self.dtype or "float32")
             self._check_vocabulary(lm)
             self._teacher = Teacher(lm)
-        elif self.snapshot == 0:
-            self._copy()
+        else:  # it is uncut, whatever is loaded later; with `snapshot` it takes other weights then
+            self._teacher = Teacher.of(self.pipeline.lm, None if self.dtype is None else torch_dtype(self.dtype))
 
     def _check_vocabulary(self, lm: PreTrainedModel) -> None:
         theirs, ours = int(lm.config.get_text_config().vocab_size), int(self.pipeline.anatomy.config.vocab_size)
@@ -145,9 +146,6 @@ class Distillation(PruningCallback):
                 f"Distillation.teacher is {self.teacher!r}, whose vocabulary has {theirs} tokens, and the model's has "
                 f"{ours}: choose a teacher with the same tokenizer."
             )
-
-    def _copy(self) -> None:
-        self._teacher = Teacher.of(self.pipeline.lm, None if self.dtype is None else torch_dtype(self.dtype))
 
     # Where it acts.
 
@@ -167,8 +165,9 @@ class Distillation(PruningCallback):
 
     def advance(self, step: int) -> None:
         self._forget()
-        if self._teacher is None and step >= self.snapshot:
-            self._copy()
+        if self.snapshot and not self._taken and step >= self.snapshot and self._teacher is not None:
+            self._teacher.learn_from(self.pipeline.lm)
+            self._taken = True
         if not self.acting:
             self._unwatch()
         elif not self._handles:
@@ -288,7 +287,7 @@ class Distillation(PruningCallback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._teacher = None  # a later fit has a teacher of its own
+        self._teacher, self._taken = None, False  # a later fit has a teacher of its own
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs: the teacher's weights, where training has made them, else what they can be told by."""
@@ -296,16 +295,16 @@ class Distillation(PruningCallback):
             return {"teacher": None, "weights": None}
         return {
             "teacher": self._teacher.fingerprint(),
-            "weights": self._teacher.state() if self.snapshot else None,
+            "weights": self._teacher.state() if self._taken else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["weights"] is not None:
-            self._copy()
-            assert self._teacher is not None
-            self._teacher.load(state_dict["weights"])
+        if self._teacher is None:
             return
-        if state_dict["teacher"] is not None and self._teacher is not None:
+        self._taken = state_dict["weights"] is not None
+        if self._taken:
+            self._teacher.load(state_dict["weights"])
+        elif state_dict["teacher"] is not None and not self.snapshot:
             check_same(self._teacher.fingerprint(), state_dict["teacher"])
 
 

@@ -3,14 +3,14 @@
 Shapes: B sequences, T tokens, N = B x T, d hidden dimensions, V tokens in the vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from lightprune.anatomy import anatomy_of
 from lightprune.errors import ConfigError
@@ -20,6 +20,7 @@ from lightprune.integrations.zero_params import (
     gathered_for_update,
     is_partitioned,
     partition_like,
+    readable,
     twin,
 )
 from lightprune.masks.forward_passes import on_output
@@ -42,6 +43,7 @@ class Teacher:
         lm.requires_grad_(False).eval()  # type: ignore[no-untyped-call]
         self.lm = lm
         self.anatomy = anatomy_of(lm)
+        self._output: type[ModelOutput] = BaseModelOutputWithPast  # what the decoder gives
 
     @classmethod
     @torch.no_grad()
@@ -80,8 +82,8 @@ class Teacher:
         embeddings = inputs.get("inputs_embeds")
         if embeddings is not None and embeddings.shape[-1] != self.anatomy.shape.hidden:
             raise ConfigError(
-                f"The student's decoder is called with embeddings of {embeddings.shape[-1]} dimensions, and the teacher "
-                f"has {self.anatomy.shape.hidden}: call it with `input_ids`, or leave Distillation out."
+                f"The student's decoder is called with embeddings of {embeddings.shape[-1]} dimensions, and the "
+                f"teacher has {self.anatomy.shape.hidden}: call it with `input_ids`, or leave Distillation out."
             )
         seen: dict[int, Tensor] = {}
 
@@ -90,11 +92,12 @@ class Teacher:
 
         handles: list[Handle] = [on_output(self.anatomy.layers[index], note(index)) for index in layers]
         try:
-            with self._readable():
-                output = self.anatomy.decoder(**inputs, use_cache=False)
+            with readable(self.anatomy.decoder):
+                output = self.anatomy.decoder(**inputs, use_cache=False, return_dict=True)
         finally:
             remove_all(handles)
-        return output[0], seen
+        self._output = type(output)
+        return output.last_hidden_state, seen
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, *, of_head: bool = False) -> Tensor:
@@ -106,7 +109,7 @@ class Teacher:
         """
 
         def give(*args: Any, **kwargs: Any) -> Any:
-            return BaseModelOutputWithPast(last_hidden_state=hidden.unsqueeze(0))  # type: ignore[arg-type]
+            return self._output(last_hidden_state=hidden.unsqueeze(0))
 
         replaced = ReplacedForward(self.anatomy.decoder, give)
         try:
@@ -123,6 +126,14 @@ class Teacher:
         """The sum of the absolute values of this rank's weights: another model has another."""
         return float(torch.stack([_own(p).double().abs().sum() for p in self.lm.parameters()]).sum())
 
+    @torch.no_grad()
+    def learn_from(self, lm: PreTrainedModel) -> None:
+        """Take the weights of the model that this is a copy of, as they are now."""
+        for own, theirs in zip(self.lm.parameters(), lm.parameters(), strict=True):
+            whole = gathered(theirs)
+            with gathered_for_update([own]):
+                own.copy_(whole)
+
     def state(self) -> dict[str, Tensor]:
         """The weights by name, on the CPU; partitioned ones whole. Every rank must ask."""
         return {name: gathered(p).cpu() for name, p in self.lm.named_parameters()}
@@ -134,19 +145,6 @@ class Teacher:
             with gathered_for_update([parameter]):
                 parameter.copy_(state[name])
 
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        """Inside, each module with partitioned parameters has them whole while it runs."""
-        handles: list[Any] = []
-        for module in self.anatomy.decoder.modules():
-            own = [p for p in module.parameters(recurse=False) if is_partitioned(p)]
-            if own:
-                handles += _gather_around(module, own)
-        try:
-            yield
-        finally:
-            remove_all(handles)
-
 
 def _own(parameter: nn.Parameter) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter).detach()
@@ -157,17 +155,3 @@ def _copy_of(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter
     copied = nn.Parameter(gathered(parameter).to(kind, copy=True), requires_grad=False)
     partition_like(copied, parameter)
     return copied
-
-
-def _gather_around(module: nn.Module, parameters: list[nn.Parameter]) -> list[Any]:
-    contexts: list[Any] = []
-
-    def enter(module: nn.Module, inputs: tuple[object, ...]) -> None:
-        context = gathered_for_reading(parameters)
-        context.__enter__()
-        contexts.append(context)
-
-    def leave(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        contexts.pop().__exit__(None, None, None)
-
-    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]

@@ -8,7 +8,7 @@ import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -65,6 +65,34 @@ def gathered_for_reading(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
         yield
+
+
+@contextmanager
+def readable(root: nn.Module) -> Iterator[None]:
+    """Inside, each module below `root` has its partitioned parameters whole while it runs. Every rank must run it."""
+    handles: list[Any] = []
+    for module in root.modules():
+        own = [p for p in module.parameters(recurse=False) if is_partitioned(p)]
+        if own:
+            handles += _gather_around(module, own)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gather_around(module: nn.Module, parameters: list[nn.Parameter]) -> list[Any]:
+    contexts: list[AbstractContextManager[None]] = []
+
+    def enter(module: nn.Module, inputs: tuple[object, ...]) -> None:
+        contexts.append(gathered_for_reading(parameters))
+        contexts[-1].__enter__()
+
+    def leave(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        contexts.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
 def partition_like(parameter: nn.Parameter, model: nn.Parameter) -> None:

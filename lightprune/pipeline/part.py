@@ -170,6 +170,9 @@ class Part(Callback, ABC):
     def fold(self) -> None:
         """Write into the weights what this part's hooks do; called just before a cut takes them off."""
 
+    def before_cut(self, plan: PruningPlan) -> None:
+        """Change the weights of the dense model that `plan` is about to be executed on; no hook is on it."""
+
     def restructure(self, state: Mapping[str, Any]) -> None:
         """Give the model the shape that it had when `state`, this part's, was saved; its weights load next."""
 

@@ -15,8 +15,9 @@ class Stage(IntEnum):
 
     SELECT = 0
     REGULARIZE = 1
-    CUT = 2
-    RECOVER = 3
+    COMPENSATE = 2
+    CUT = 3
+    RECOVER = 4
 
 
 def parts_last(callbacks: Sequence[Callback], parts: Sequence[Callback]) -> list[Callback]:

@@ -59,6 +59,8 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
     ],
     "perplexity": lambda: [lp.GreedyPerplexitySelector(drop=2, stop=SELECT)],
     "lora": lambda: [lp.RandomSelector(drop=2, start=SELECT), lp.LoRARecovery(r=2)],
+    "distilled": lambda: [lp.RandomSelector(drop=2, start=SELECT), lp.Distillation(alpha=0.7, hidden=0.1, snapshot=1)],
+    "compensated": lambda: [lp.BlockInfluenceSelector(drop=2, stop=SELECT), lp.LeastSquaresCompensation(batches=3)],
 }
 
 
@@ -96,6 +98,7 @@ CASES |= {method: Case(method) for method in METHODS if f"{method}, accumulating
 CASES["resumed"] = Case("annealed", 2, steps=(2, CUT - 1, CUT, CUT + 1), export=True)
 CASES["resumed, frozen"] = Case("masks", steps=(CUT + 1,), frozen=True)
 CASES["resumed, lora"] = Case("lora", steps=(CUT + 1,))
+CASES["resumed, distilled"] = Case("distilled", steps=(SELECT, CUT + 1), export=True)
 HALF = {"bf16": Case("annealed", precision="bf16-mixed"), "fp16": Case("annealed", precision="16-mixed")}
 CASES |= HALF
 

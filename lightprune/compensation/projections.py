@@ -1,0 +1,87 @@
+"""Which modules of a layer are refitted when a plan is executed, and in which order."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightprune.anatomy import Anatomy
+from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Axis
+from lightprune.anatomy.base import module_at
+from lightprune.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A module whose parameters are refitted.
+
+    Attributes:
+        module: a linear map, or a norm.
+        path: its name in its layer.
+        towards_stream: whether it is refitted for what the residual stream lacks, else for its own dense output.
+    """
+
+    module: nn.Module
+    path: str
+    towards_stream: bool
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear map; else it is a norm, which has one weight for each output."""
+        return isinstance(self.module, (nn.Linear, Conv1D))
+
+
+def projections_of(anatomy: Anatomy, plan: PruningPlan, index: int, *, after_loss: bool) -> list[list[Projection]]:
+    """What is refitted in layer `index`, in the order of the data flow; what stands together does not depend on itself.
+
+    A writer (attention's output projection, the MLP's down projection, or the norm behind one) is refitted where the
+    layer loses units, where the residual stream lacks something, and where a removed run of layers follows. Where
+    hidden dimensions go, the readers in front of it are refitted too, towards their own dense outputs. A writer that is
+    a norm scales what it is given, so the projection in front of it is refitted first if its units go.
+
+    Args:
+        anatomy: of the uncut model.
+        plan: what stays.
+        index: a layer that stays.
+        after_loss: whether the residual stream lacks something at this layer, or will behind it.
+    """
+    layer, family = anatomy.layers[index], anatomy.family
+    loses_hidden = bool(plan.removed("hidden", 0))
+    steps: list[list[Projection]] = []
+    for number, path in enumerate(family.writers):
+        module = module_at(layer, path)
+        if module is None:
+            continue
+        axis = CHANNELS if number else HEADS
+        if loses_hidden:
+            steps.append(list(_readers(anatomy, layer, axis)))
+        loses_units = any(plan.removed(run.unit, index) for run in axis)
+        inner = _inner(anatomy, layer, axis)
+        if loses_units and inner is not None and inner.module is not module:
+            steps.append([inner])
+        writer = Projection(module, path, towards_stream=True)
+        has_weight = any(name == "weight" for name, _ in module.named_parameters(recurse=False))
+        if (loses_units or loses_hidden or after_loss) and (writer.is_linear or has_weight):
+            steps.append([writer])
+    return [step for step in steps if step]
+
+
+def _readers(anatomy: Anatomy, layer: nn.Module, axis: Axis) -> Iterator[Projection]:
+    """The projections that read the residual stream for the heads, or for the channels."""
+    of_heads = {"heads", "kv_groups"}
+    for path, axes in anatomy.family.weights.items():
+        module = module_at(layer, path)
+        if module is not None and len(axes) == 2 and axes[1] == HIDDEN and axes[0] is not None:
+            units = {run.unit for run in axes[0]}
+            if (units <= of_heads) == (axis == HEADS):
+                yield Projection(module, path, towards_stream=False)
+
+
+def _inner(anatomy: Anatomy, layer: nn.Module, axis: Axis) -> Projection | None:
+    """The projection that takes what heads, or channels, give."""
+    for path, axes in anatomy.family.weights.items():
+        module = module_at(layer, path)
+        if module is not None and len(axes) == 2 and axes[1] == axis:
+            return Projection(module, path, towards_stream=False)
+    return None
