@@ -16,7 +16,7 @@ Shapes: N tokens, B sequences, T tokens each, d hidden dimensions, k inputs of a
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -182,8 +182,9 @@ class Compensation:
                     yield Refitted(path, refit.strength, error, refit.after)
                     changes.append((projection, refit))
             self._pending += [_Pending(p, r.change.float()) for p, r in changes[len(self._pending) :]]
-        with self._small():
-            tokens.small = self._run(tokens, range(index, index + 1), tokens.small)
+        if removed.stop < self._anatomy.num_layers:  # else nothing follows
+            with self._small():
+                tokens.small = self._run(tokens, range(index, index + 1), tokens.small)
         remove_all([*self._pending])
         self._pending = []
         for projection, refit in changes:
@@ -213,10 +214,10 @@ class Compensation:
         sums: list[tuple[Equations, Equations]] = []
         for number, replay in enumerate(tokens.replays):
             own = [projection for projection in step if not projection.towards_stream]
-            of_dense = self._observe(own, replay, index, before[number]) if own else {}
+            of_dense = self._observe(own, replay, index, before[number], whole=False) if own else {}
             start = tokens.small[number].to(device)
             with self._small():
-                of_small = self._observe(step, replay, index, start)
+                of_small = self._observe(step, replay, index, start, whole=last)
             counted = tokens.masks[number]
             for place, projection in enumerate(step):
                 inputs, given, output = of_small[projection.path]
@@ -297,10 +298,14 @@ class Compensation:
         return goals
 
     def _observe(
-        self, projections: Sequence[Projection], replay: Replay, index: int, state: Tensor
+        self, projections: Sequence[Projection], replay: Replay, index: int, state: Tensor, *, whole: bool
     ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Inputs and outputs of modules of a layer, and the layer's own output, for a stream in front of it."""
-        with _Observed(projections) as seen:
+        """Inputs and outputs of modules of a layer, and the layer's own output, for a stream in front of it.
+
+        Where the `whole` layer is not needed, it runs no further than these modules, and its output is empty.
+        """
+        output = torch.empty(0)
+        with _Observed(projections, stop=not whole) as seen, suppress(_Enough):
             output = replay.run(self._anatomy.layers[index], index, self._cast(state))
         return {path: (*of_module, output) for path, of_module in seen.items()}
 
@@ -345,17 +350,29 @@ def _on_host(state: Tensor) -> Tensor:
     return state.float().cpu()
 
 
-class _Observed:
-    """The inputs and outputs of modules of one layer, by the modules' names, in the pass inside the context."""
+class _Enough(Exception):
+    """All that was to be observed has been."""
 
-    def __init__(self, projections: Sequence[Projection]) -> None:
+
+class _Observed:
+    """The inputs and outputs of modules of one layer, by the modules' names, in the pass inside the context.
+
+    Args:
+        projections: the modules.
+        stop: whether to end the pass, by `_Enough`, once all of them have run.
+    """
+
+    def __init__(self, projections: Sequence[Projection], *, stop: bool = False) -> None:
         self._projections = projections
+        self._stop = stop
 
     def __enter__(self) -> dict[str, tuple[Tensor, Tensor]]:
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def note(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             seen[path] = inputs[0], output
+            if self._stop and len(seen) == len(self._projections):
+                raise _Enough
 
         self._handles: list[Handle] = [p.module.register_forward_hook(partial(note, p.path)) for p in self._projections]
         return seen
