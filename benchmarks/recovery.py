@@ -70,9 +70,9 @@ class Row:
     steps: int = STEPS
 
 
-def refit() -> lp.LeastSquaresCompensation:
-    """On all of the tokens that a recovery would train on."""
-    return lp.LeastSquaresCompensation(batches=STEPS - SELECT)
+def refit(steps: int = STEPS) -> lp.LeastSquaresCompensation:
+    """On all of the tokens that a recovery of a row of so many steps trains on."""
+    return lp.LeastSquaresCompensation(batches=steps - SELECT)
 
 
 ROWS = (
@@ -82,7 +82,7 @@ ROWS = (
     Row("cut, distilled", lambda: [lp.Distillation(start=SELECT)], (1e-4, 2e-4, 4e-4)),
     Row("cut, refitted, finetuned", lambda: [refit()], (5e-5, 1e-4, 2e-4)),
     Row("cut, refitted, distilled", lambda: [refit(), lp.Distillation(start=SELECT)], (5e-5, 1e-4, 2e-4)),
-    Row("cut, refitted, distilled, 48 steps", lambda: [refit(), lp.Distillation(start=SELECT)], (1e-4, 2e-4), 48),
+    Row("cut, refitted, distilled, 48 steps", lambda: [refit(48), lp.Distillation(start=SELECT)], (1e-4, 2e-4), 48),
 )
 
 
@@ -144,11 +144,17 @@ class Bench:
         losses = {name: metrics[f"val/loss/{name}"] for name in self.sources}
         return {
             "loss": losses,
-            "tokens": row.steps * BATCH * BLOCK,
+            "tokens": looked_at(row),
             "flops": flops(row, module.lm.num_parameters()) if cut is not None else 0.0,
             "seconds": round(seconds, 1),
             "device": torch.cuda.get_device_name() if self.accelerator == "gpu" else "cpu",
         }
+
+
+def looked_at(row: Row) -> int:
+    """The tokens that a row's models train on or look at, each counted once: a refit reads those that train next."""
+    read = [SELECT + part.batches for part in row.parts() if isinstance(part, lp.LeastSquaresCompensation)]
+    return max([row.steps, *read]) * BATCH * BLOCK
 
 
 def flops(row: Row, parameters: int, dense: int = 134_515_008) -> float:
@@ -158,8 +164,9 @@ def flops(row: Row, parameters: int, dense: int = 134_515_008) -> float:
     total = 2.0 * dense * tokens + 6.0 * parameters * trained
     if any(isinstance(part, lp.Distillation) for part in parts):
         total += 2.0 * dense * trained
-    if any(isinstance(part, lp.LeastSquaresCompensation) for part in parts):
-        total += 2.0 * (dense + 3 * parameters) * (STEPS - SELECT) * BATCH * BLOCK
+    for part in parts:
+        if isinstance(part, lp.LeastSquaresCompensation):
+            total += 2.0 * (dense + 3 * parameters) * part.batches * BATCH * BLOCK
     return total
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import depth
 import domains
+import recovery
 import width
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -23,6 +24,10 @@ ALL_WIDTH = tuple(width.rows())
 TABLES: Mapping[str, Callable[[], Iterable[str]]] = {
     "depth": lambda: table(depth.ROWS, results("depth")),
     "domains": lambda: domains.table(results("domains")),
+    **{
+        f"recovery {cut}": lambda cut=cut: recovery.table(recovery.Found(results("recovery")), cut)
+        for cut in ("depth", "mlp")
+    },
     **{
         f"width {target}": lambda target=target: table(
             [row for row in ALL_WIDTH if row.name == "dense" or row.name.startswith(f"{target} ")], results("width")
