@@ -178,6 +178,7 @@ def cases() -> dict[str, Callable[[], list[Callback]]]:
         "GroupNormPenalty": lambda: cut(channels(), p.GroupNormPenalty()),
         "ProximalGroupLasso": lambda: cut(channels(), p.ProximalGroupLasso()),
         "Recovery": lambda: [*cut(layers(), at=1), p.Recovery(lr=1e-3)],
+        "Distillation": lambda: [*cut(layers(), at=1), p.Distillation(hidden=0.1, top_k=4)],
         "RunReport": lambda: [RunReport()],
         "PreemptionCheckpoint": lambda: [p.PreemptionCheckpoint(), _saver()],
         "LoRARecovery": lambda: [*cut(layers(), at=1), p.LoRARecovery(r=2)],

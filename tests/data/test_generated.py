@@ -1,14 +1,18 @@
 """Text that a model writes: reproducible, resumable, and in the blocks like any other."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lightprune import ConfigError
+from lightprune.cli import main
 from lightprune.data import Source, TextDataModule
 from lightprune.data import generated as module
 from lightprune.data.generated import Generated, write
@@ -163,3 +167,41 @@ def test_prompts_that_are_not_there(model: Path, tmp_path: Path) -> None:
     settings = settings_for(model, prompts=str(tmp_path / "none.txt"))
     with pytest.raises(ConfigError, match=r"generated.prompts is .*none.txt': it must be a text file"):
         all_of(settings, tmp_path / "parts")
+
+
+def test_the_verb_writes_what_a_fit_finds(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model of the config writes; the fit that follows trains on it, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightprune"])
+    settings = {
+        "trainer": {"accelerator": "cpu", "max_steps": 2, "logger": False, "enable_checkpointing": False},
+        "model": {"class_path": "lightprune.CausalLM", "init_args": {"model": str(model)}},
+        "data": {
+            "class_path": "lightprune.data.TextDataModule",
+            "init_args": {
+                "domains": {"own": {"generated": {"tokens": 300, "length": 40, "batch_size": 4}}},
+                "block_size": 16,
+                "batch_size": 2,
+                "validation": 2,
+                "num_workers": 0,
+                "cache_dir": "cache",
+            },
+        },
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["generate", "--config", "config.yaml", "--output", "own.jsonl"]) == 0
+    said = capsys.readouterr().out
+    lines = [json.loads(line) for line in Path("own.jsonl").read_text().splitlines()]
+    assert f"in {len(lines)} documents" in said
+    assert {line["domain"] for line in lines} == {"own"}
+    assert any(line["text"].strip() for line in lines)
+
+    monkeypatch.setattr(module, "write", lambda *args: pytest.fail("it is in the cache"))
+    assert main(["fit", "--config", "config.yaml"]) == 0
+
+    settings["data"]["init_args"]["domains"] = {"plays": {"files": "own.jsonl"}}
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["generate", "--config", "config.yaml"]) == 2
+    assert "No domain of data.domains is generated" in capsys.readouterr().err
