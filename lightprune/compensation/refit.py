@@ -18,19 +18,18 @@ Shapes: N tokens, B sequences, T tokens each, d hidden dimensions, k inputs of a
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy import Anatomy
+from lightprune.compensation.passes import Enough, Observed, Pending
 from lightprune.compensation.projections import Projection, projections_of
 from lightprune.compensation.replay import Replay
 from lightprune.masks.forward_passes import attention_mask_of, evaluating
-from lightprune.masks.gates import Handle, remove_all
+from lightprune.masks.gates import remove_all
 from lightprune.masks.unit_masks import UnitMasks
 from lightprune.plan import PruningPlan
 from lightprune.surgery.least_squares import Equations, NormalEquations, Refit, ScaleEquations, best_refit
@@ -116,7 +115,7 @@ class Compensation:
         self._total = total
         self._edited = edited
         self._progress = progress
-        self._pending: list[_Pending] = []
+        self._pending: list[Pending] = []
 
     @torch.no_grad()
     def run(self) -> list[Refitted]:
@@ -181,7 +180,7 @@ class Compensation:
                 else:
                     yield Refitted(path, refit.strength, error, refit.after)
                     changes.append((projection, refit))
-            self._pending += [_Pending(p, r.change.float()) for p, r in changes[len(self._pending) :]]
+            self._pending += [Pending(p, r.change.float()) for p, r in changes[len(self._pending) :]]
         if removed.stop < self._anatomy.num_layers:  # else nothing follows
             with self._small():
                 tokens.small = self._run(tokens, range(index, index + 1), tokens.small)
@@ -288,7 +287,7 @@ class Compensation:
         goals: list[list[Tensor]] = [[] for _ in watching]
         before, after = tokens.dense, []
         for replay, state in zip(tokens.replays, before, strict=True):
-            with _Observed(watching) as seen:
+            with Observed(watching) as seen:
                 (moved,) = self._run(Calibration([replay], [None], 0, [], []), layers, [state])
             after.append(moved)
             for goal, projection in zip(goals, watching, strict=True):
@@ -305,7 +304,7 @@ class Compensation:
         Where the `whole` layer is not needed, it runs no further than these modules, and its output is empty.
         """
         output = torch.empty(0)
-        with _Observed(projections, stop=not whole) as seen, suppress(_Enough):
+        with Observed(projections, stop=not whole) as seen, suppress(Enough):
             output = replay.run(self._anatomy.layers[index], index, self._cast(state))
         return {path: (*of_module, output) for path, of_module in seen.items()}
 
@@ -348,58 +347,3 @@ def _empty(projection: Projection, regressors: Tensor, lacks: Tensor) -> Equatio
 
 def _on_host(state: Tensor) -> Tensor:
     return state.float().cpu()
-
-
-class _Enough(Exception):
-    """All that was to be observed has been."""
-
-
-class _Observed:
-    """The inputs and outputs of modules of one layer, by the modules' names, in the pass inside the context.
-
-    Args:
-        projections: the modules.
-        stop: whether to end the pass, by `_Enough`, once all of them have run.
-    """
-
-    def __init__(self, projections: Sequence[Projection], *, stop: bool = False) -> None:
-        self._projections = projections
-        self._stop = stop
-
-    def __enter__(self) -> dict[str, tuple[Tensor, Tensor]]:
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def note(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            seen[path] = inputs[0], output
-            if self._stop and len(seen) == len(self._projections):
-                raise _Enough
-
-        self._handles: list[Handle] = [p.module.register_forward_hook(partial(note, p.path)) for p in self._projections]
-        return seen
-
-    def __exit__(self, *error: object) -> None:
-        remove_all(self._handles)
-
-
-class _Pending:
-    """A change of a projection that is not written yet: it acts in passes of the smaller model."""
-
-    def __init__(self, projection: Projection, change: Tensor) -> None:
-        self.on = False
-
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not self.on:
-                return None
-            if not projection.is_linear:
-                return output * (1 + change).to(output.dtype)
-            values: Tensor = inputs[0].float()
-            added = values @ change[: values.shape[-1]]
-            if len(change) > values.shape[-1]:
-                added = added + change[-1]
-            return output + added.to(output.dtype)
-
-        self._handle = projection.module.register_forward_hook(hook)
-
-    def remove(self) -> None:
-        """Let the module compute what its weights say."""
-        self._handle.remove()
