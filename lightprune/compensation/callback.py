@@ -33,8 +33,8 @@ class LeastSquaresCompensation(PruningCallback):
     needs a lower learning rate. Formulas and sources are in `lightprune.compensation.refit`.
 
     The tokens are those that training gets next: they are read ahead, and not consumed. Take many, since a refit of too
-    few overfits, and trains worse than none. The host holds two residual streams of all of them, and the device those
-    of one batch.
+    few overfits, and trains worse than none. Three residual streams of all of them are held, on the host where the
+    device has not plenty of room.
 
     Args:
         batches: how many batches of the training data to fit on, on each rank.

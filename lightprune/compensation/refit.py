@@ -65,7 +65,8 @@ class Calibration:
         replays: the layers of the decoder for each batch.
         masks: each batch's attention mask [B, T], or None.
         held_out: how many of the last batches choose the ridge and judge the refit, and are not fitted on.
-        small: the residual stream [B, T, d] of the smaller model for each batch, float32, on the host.
+        small: the residual stream [B, T, d] of the smaller model for each batch, float32; on the device if there is
+            plenty of room, else on the host.
         dense: that of the dense model.
     """
 
@@ -130,6 +131,7 @@ class Compensation:
     def _layers(self) -> Iterator[Refitted]:
         device = self._anatomy.lm.device
         batches = [{name: value.to(device) for name, value in batch.items()} for batch in self._batches]
+        self._store = _store(device, batches, self._anatomy.shape.hidden)
         with self._small():
             small = [Replay.of(self._anatomy, batch).start for batch in batches]
         replays = [Replay.of(self._anatomy, batch) for batch in batches]
@@ -137,8 +139,8 @@ class Compensation:
             replays,
             [attention_mask_of(batch) for batch in batches],
             self._held_out,
-            [_on_host(state) for state in small],
-            [_on_host(replay.start) for replay in replays],
+            [self._stored(state) for state in small],
+            [self._stored(replay.start) for replay in replays],
         )
         kept = [*self._plan.kept_layers, self._anatomy.num_layers]
         self._run_dense(tokens, range(kept[0]))
@@ -272,6 +274,10 @@ class Compensation:
     def _cast(self, hidden: Tensor) -> Tensor:
         return hidden.to(self._anatomy.lm.device, self._anatomy.lm.dtype)
 
+    def _stored(self, state: Tensor) -> Tensor:
+        """A stream, where those of all batches are kept."""
+        return state.float().to(self._store)
+
     def _run(self, tokens: Calibration, layers: range, states: list[Tensor]) -> list[Tensor]:
         """The streams [B, T, d] behind some layers, from those in front of them."""
         moved = []
@@ -279,7 +285,7 @@ class Compensation:
             hidden = self._cast(state)
             for index in layers:
                 hidden = replay.run(self._anatomy.layers[index], index, hidden)
-            moved.append(_on_host(hidden))
+            moved.append(self._stored(hidden))
         return moved
 
     def _run_dense(self, tokens: Calibration, layers: range, watching: Sequence[Projection] = ()) -> list[list[Tensor]]:
@@ -292,7 +298,7 @@ class Compensation:
             after.append(moved)
             for goal, projection in zip(goals, watching, strict=True):
                 given = seen[projection.path][1] if projection.towards_stream else torch.zeros(())
-                goal.append(_on_host(self._cast(state).float() + self._multiplier * given.float()))
+                goal.append(self._stored(self._cast(state).float() + self._multiplier * given.float()))
         tokens.dense = after
         return goals
 
@@ -345,5 +351,10 @@ def _empty(projection: Projection, regressors: Tensor, lacks: Tensor) -> Equatio
     return ScaleEquations.empty(lacks.shape[-1], regressors.device)
 
 
-def _on_host(state: Tensor) -> Tensor:
-    return state.float().cpu()
+def _store(device: torch.device, batches: Sequence[Mapping[str, Tensor]], hidden: int) -> torch.device:
+    """Where the streams of all batches are kept: on a GPU if they take a quarter of its free memory at the most."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    tokens = sum(next(iter(batch.values())).shape[:2].numel() for batch in batches)
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if 3 * tokens * hidden * 4 < free / 4 else torch.device("cpu")

@@ -157,7 +157,8 @@ class Distillation(PruningCallback):
 
     @property
     def loss_share(self) -> float:  # type: ignore[override]
-        return 1 - self.alpha if self.acting and self._logits is not None else 1.0
+        taught = self.acting and self._logits is not None and self._logits.requires_grad
+        return 1 - self.alpha if taught else 1.0
 
     @property
     def needs_backward(self) -> bool:
@@ -234,6 +235,9 @@ class Distillation(PruningCallback):
     def penalty(self) -> Tensor | None:
         """What the teacher says of the pass that has just run, as a part of the loss."""
         if not self.acting or not self._inputs:
+            return None
+        if self._logits is not None and not self._logits.requires_grad:  # a selector looks, and nothing learns
+            self._forget()
             return None
         if self._logits is None:
             raise ConfigError(
