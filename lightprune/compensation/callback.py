@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, Literal, get_args
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -20,6 +21,9 @@ from lightprune.pipeline import PruningCallback, Stage
 from lightprune.plan import PruningPlan
 
 Layers = Literal["all", "borders"]
+
+JOINED_TOKENS = 4096
+"""How many tokens run through a layer at once, about: small batches would leave a GPU idle."""
 
 
 class LeastSquaresCompensation(PruningCallback):
@@ -87,6 +91,7 @@ class LeastSquaresCompensation(PruningCallback):
                 f"training data has {len(batches)}: give it more, or leave LeastSquaresCompensation out."
             )
         held_out = min(max(round(self.held_out * len(batches)), 1), len(batches) - 1)
+        fit, held = joined(batches[:-held_out]), joined(batches[-held_out:])
         with (
             tqdm(total=len(plan.kept_layers), desc="Refitting layers", leave=False, disable=not _shows(trainer)) as bar,
             trainer.precision_plugin.forward_context(),
@@ -94,9 +99,9 @@ class LeastSquaresCompensation(PruningCallback):
             self.refitted = Compensation(
                 anatomy,
                 plan,
-                batches,
+                [*fit, *held],
                 everywhere=self.layers == "all",
-                held_out=held_out,
+                held_out=len(held),
                 total=adapter.sum,
                 edited=adapter.edited,
                 progress=bar.update,
@@ -118,6 +123,29 @@ class LeastSquaresCompensation(PruningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.refitted = [Refitted(**one) for one in state_dict["refitted"]]
         self.seconds = state_dict["seconds"]
+
+
+def joined(batches: Sequence[Mapping[str, Tensor]], tokens: int = JOINED_TOKENS) -> list[dict[str, Tensor]]:
+    """The same sequences in fewer batches: neighbors of one length come together, up to about so many tokens.
+
+    Args:
+        batches: tensors [B, T] by name.
+        tokens: a batch takes the next one up as long as it has fewer.
+    """
+    groups: list[list[Mapping[str, Tensor]]] = []
+    for batch in batches:
+        last = groups[-1] if groups else []
+        by_row = len({len(value) for value in batch.values()}) == 1  # positions may be one row for all
+        fits = bool(last) and by_row and _lengths(last[0]) == _lengths(batch)
+        if fits and sum(next(iter(one.values())).shape[:2].numel() for one in last) < tokens:
+            last.append(batch)
+        else:
+            groups.append([batch])
+    return [{name: torch.cat([one[name] for one in group]) for name in group[0]} for group in groups]
+
+
+def _lengths(batch: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape[1:] for name, value in batch.items()}
 
 
 def upcoming(trainer: L.Trainer) -> Iterator[object]:

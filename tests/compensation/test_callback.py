@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lightprune as lp
 from lightprune import ConfigError, LeastSquaresCompensation
+from lightprune.compensation.callback import joined
 from lightprune.data import TextDataModule
 from tests.families import tiny_lm, tokens
 from tests.training import Plain, assert_equal, batches, byte_tokenizer, fit, trainer_for, weights
@@ -133,6 +134,16 @@ def test_with_two_cuts_both_are_compensated() -> None:
     fit(module, callbacks, batches(16, batch=4), max_steps=4)
     assert len(part.refitted) == 5 + 4  # of the second cut: five down projections, and attention behind the first loss
     assert (module.lm.config.num_hidden_layers, module.lm.config.intermediate_size) == (5, 32)
+
+
+def test_batches_of_one_length_are_joined() -> None:
+    def batch(rows: int, length: int, first: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(first, first + rows * length).view(rows, length)}
+
+    batches = [batch(2, 8, 0), batch(2, 8, 16), batch(3, 8, 32), batch(2, 4, 56), batch(2, 4, 64), batch(1, 8, 72)]
+    found = joined(batches, tokens=30)
+    assert [tuple(one["input_ids"].shape) for one in found] == [(4, 8), (3, 8), (4, 4), (1, 8)]
+    assert torch.cat([one["input_ids"].flatten() for one in found]).tolist() == list(range(80))
 
 
 @pytest.mark.parametrize(
