@@ -125,7 +125,10 @@ def test_in_a_config(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "lightprune needs a command: one of fit, validate, test, plan, export, configs (see lightprune --help)."),
+        (
+            [],
+            "lightprune needs a command: one of fit, validate, test, plan, export, generate, configs (see lightprune --help).",
+        ),
         (["fitt"], "'fitt' is not a command of lightprune (did you mean 'fit'?)"),
         (["fit", "plan"], "lightprune runs one command at a time: give 'fit' or 'plan', not both."),
         (["fit", "--config"], "--config needs the path of a YAML file."),

@@ -244,8 +244,11 @@ def test_python_source_is_the_standard_library_up_to_its_limit() -> None:
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        (Source(), "data.domains.d needs exactly one of hub, saved, files, builtin, but has none of them."),
-        (Source(hub="a", builtin="bible"), "exactly one of hub, saved, files, builtin, but has hub and builtin."),
+        (Source(), "data.domains.d needs exactly one of hub, saved, files, builtin, generated, but has none of them."),
+        (
+            Source(hub="a", builtin="bible"),
+            "exactly one of hub, saved, files, builtin, generated, but has hub and builtin.",
+        ),
         (Source(files=[]), "has none of them"),
         (Source(files="x", revision="v1"), "data.domains.d.revision goes with 'hub' only, but the source is 'files'."),
         (Source(builtin="bible", separator="x"), "data.domains.d.separator goes with 'files' only"),
