@@ -247,7 +247,7 @@ def test_python_source_is_the_standard_library_up_to_its_limit() -> None:
         (Source(), "data.domains.d needs exactly one of hub, saved, files, builtin, generated, but has none of them."),
         (
             Source(hub="a", builtin="bible"),
-            "exactly one of hub, saved, files, builtin, generated, but has hub and builtin.",
+            "builtin, generated, but has hub and builtin.",
         ),
         (Source(files=[]), "has none of them"),
         (Source(files="x", revision="v1"), "data.domains.d.revision goes with 'hub' only, but the source is 'files'."),
