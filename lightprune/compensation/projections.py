@@ -20,11 +20,13 @@ class Projection:
         module: a linear map, or a norm.
         path: its name in its layer.
         towards_stream: whether it is refitted for what the residual stream lacks, else for its own dense output.
+        ends_layer: whether nothing of the layer writes to the residual stream behind it.
     """
 
     module: nn.Module
     path: str
     towards_stream: bool
+    ends_layer: bool = False
 
     @property
     def is_linear(self) -> bool:
@@ -32,7 +34,9 @@ class Projection:
         return isinstance(self.module, (nn.Linear, Conv1D))
 
 
-def projections_of(anatomy: Anatomy, plan: PruningPlan, index: int, *, after_loss: bool) -> list[list[Projection]]:
+def projections_of(
+    anatomy: Anatomy, plan: PruningPlan, index: int, *, lacking: bool, border: bool, everywhere: bool
+) -> list[list[Projection]]:
     """What is refitted in layer `index`, in the order of the data flow; what stands together does not depend on itself.
 
     A writer (attention's output projection, the MLP's down projection, or the norm behind one) is refitted where the
@@ -44,15 +48,15 @@ def projections_of(anatomy: Anatomy, plan: PruningPlan, index: int, *, after_los
         anatomy: of the uncut model.
         plan: what stays.
         index: a layer that stays.
-        after_loss: whether the residual stream lacks something at this layer, or will behind it.
+        lacking: whether the residual stream lacks something in front of this layer.
+        border: whether a removed run of layers follows.
+        everywhere: whether a writer is refitted for a lack alone, also where its own layer loses nothing.
     """
     layer, family = anatomy.layers[index], anatomy.family
     loses_hidden = bool(plan.removed("hidden", 0))
     steps: list[list[Projection]] = []
-    for number, path in enumerate(family.writers):
-        module = module_at(layer, path)
-        if module is None:
-            continue
+    writers = {path: module for path in family.writers if (module := module_at(layer, path)) is not None}
+    for number, (path, module) in enumerate(writers.items()):
         axis = CHANNELS if number else HEADS
         if loses_hidden:
             steps.append(list(_readers(anatomy, layer, axis)))
@@ -60,9 +64,11 @@ def projections_of(anatomy: Anatomy, plan: PruningPlan, index: int, *, after_los
         inner = _inner(anatomy, layer, axis)
         if loses_units and inner is not None and inner.module is not module:
             steps.append([inner])
-        writer = Projection(module, path, towards_stream=True)
+        lacking = lacking or loses_units
+        writer = Projection(module, path, towards_stream=True, ends_layer=path == list(writers)[-1])
         has_weight = any(name == "weight" for name, _ in module.named_parameters(recurse=False))
-        if (loses_units or loses_hidden or after_loss) and (writer.is_linear or has_weight):
+        needed = loses_units or loses_hidden or border or (lacking and everywhere)
+        if needed and (writer.is_linear or has_weight):
             steps.append([writer])
     return [step for step in steps if step]
 

@@ -142,6 +142,8 @@ class Compensation:
             [self._stored(state) for state in small],
             [self._stored(replay.start) for replay in replays],
         )
+        for replay in replays:
+            replay.start = torch.empty(0)  # it is stored
         kept = [*self._plan.kept_layers, self._anatomy.num_layers]
         self._run_dense(tokens, range(kept[0]))
         lacking = kept[0] > 0 or bool(self._plan.removed("hidden", 0))
@@ -149,7 +151,7 @@ class Compensation:
             border = following > index + 1
             loses_units = any(self._plan.removed(unit, index) for unit in ("heads", "channels"))
             steps = projections_of(
-                self._anatomy, self._plan, index, after_loss=border or (lacking and self._everywhere)
+                self._anatomy, self._plan, index, lacking=lacking, border=border, everywhere=self._everywhere
             )
             lacking = lacking or border or loses_units
             try:
@@ -167,10 +169,12 @@ class Compensation:
         Both models are in front of the layer before. `removed` are the layers behind it that go.
         """
         before = list(tokens.dense)
-        goals = self._run_dense(tokens, range(index, removed.stop), [step[0] for step in steps[:-1]])
+        watched = [step[0] for step in steps if not step[0].ends_layer]
+        goals = self._run_dense(tokens, range(index, removed.stop), watched)
         changes: list[tuple[Projection, Refit]] = []
-        for step, goal in zip(steps, [*goals, tokens.dense], strict=bool(steps)):
-            last = step is steps[-1]
+        for step in steps:
+            last = step[0].ends_layer
+            goal = tokens.dense if last else goals.pop(0)
             for projection, (fit, held_out) in zip(
                 step, self._equations(tokens, index, step, before, goal, last=last), strict=True
             ):
@@ -209,7 +213,7 @@ class Compensation:
             step: projections that do not depend on each other.
             before: the dense model's stream in front of the layer, for each batch.
             goals: the dense model's stream behind the step, for each batch.
-            last: whether the step is the layer's last: then that is the stream behind the removed layers too.
+            last: whether the step ends the layer: then that is the stream behind the removed layers too.
         """
         device = self._anatomy.lm.device
         sums: list[tuple[Equations, Equations]] = []

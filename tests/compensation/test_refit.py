@@ -148,6 +148,37 @@ def test_in_front_of_a_removed_run_it_is_the_formula_itself() -> None:
     torch.testing.assert_close(layers[1].mlp.down_proj.weight.detach().double(), old + change.T, rtol=1e-3, atol=1e-5)
 
 
+def test_heads_are_made_up_for_where_attention_writes() -> None:
+    """The first layer's output projection takes over from the heads that go, whatever its MLP then makes of it."""
+    lm = tiny_lm("llama")
+    anatomy = anatomy_of(lm)
+    head_dim, kept = anatomy.shape.head_dim, [0, 2]
+    plan = PruningPlan.of(anatomy, heads=[kept] * anatomy.num_layers)
+    batches = calibration(12)
+    seen: list[Tensor] = []
+    projection = anatomy.layers[0].self_attn.o_proj
+    handle = projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    with torch.no_grad():
+        for batch in batches:
+            lm.eval()(**batch)
+    handle.remove()
+    old = projection.weight.detach().double().clone()
+    x = torch.cat([one.flatten(0, 1) for one in seen[:8]]).double()
+    gone = torch.ones(x.shape[1], dtype=torch.bool)
+    for head in kept:
+        gone[head * head_dim : (head + 1) * head_dim] = False
+    e = x[:, gone] @ old[:, gone].T
+    x = x.masked_fill(gone, 0)
+    (first, *_) = refit(lm, plan, batches, everywhere=False)
+    assert first.path == "model.layers.0.self_attn.o_proj"
+    assert first.strength is not None
+    ridge = first.strength * (x.T @ x).diagonal().mean()
+    extended = torch.cat([x, ridge.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)])
+    zeros = torch.zeros(x.shape[1], e.shape[1], dtype=torch.float64)
+    change = torch.linalg.lstsq(extended, torch.cat([e, zeros])).solution
+    torch.testing.assert_close(projection.weight.detach().double(), old + change.T, rtol=1e-3, atol=1e-5)
+
+
 def test_padding_weighs_nothing() -> None:
     """Tokens to fit on beside padding, and without it, give the same weights."""
     plan = PruningPlan.dropping(anatomy_of(tiny_lm("opt")), [2])
