@@ -15,10 +15,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightprune.compensation.principal import rotate_to_principal
 from lightprune.compensation.refit import Compensation, Refitted
 from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.pipeline import PruningCallback, Stage
 from lightprune.plan import PruningPlan
+from lightprune.surgery.rotation import check_rotation
 
 Layers = Literal["all", "borders"]
 
@@ -45,6 +47,9 @@ class LeastSquaresCompensation(PruningCallback):
         layers: "all": every kept layer behind the first loss; or "borders": those that lose units themselves, and those
             in front of removed layers.
         held_out: the share of the batches that chooses the ridges and judges the refits, and is not fitted on.
+        rotate: where hidden dimensions go, cut them in the basis of the stream's principal components: the model is
+            rotated first, which changes nothing of what it computes (`lightprune.surgery.rotation`). Needs RMS norms in
+            front of attention and MLP. Moments that an optimizer has by then are of the old basis.
 
     Attributes:
         refitted: what was done to each projection.
@@ -53,10 +58,13 @@ class LeastSquaresCompensation(PruningCallback):
 
     stage = Stage.COMPENSATE
 
-    def __init__(self, batches: int = 128, layers: Layers = "all", held_out: float = 0.0625) -> None:
+    def __init__(
+        self, batches: int = 128, layers: Layers = "all", held_out: float = 0.0625, rotate: bool = False
+    ) -> None:
         self.batches = batches
         self.layers: Layers = layers
         self.held_out = held_out
+        self.rotate = rotate
         self.refitted: Sequence[Refitted] = ()
         self.seconds = 0.0
 
@@ -77,6 +85,12 @@ class LeastSquaresCompensation(PruningCallback):
                 f"{type(others[0]).__name__} trains the model to do without what goes, so at the cut there is no dense "
                 "model to refit towards: leave it or LeastSquaresCompensation out of trainer.callbacks."
             )
+        if self.rotate:
+            check_rotation(self.pipeline.anatomy)
+
+    @property
+    def rotates(self) -> bool:
+        return self.rotate
 
     def before_cut(self, plan: PruningPlan) -> None:
         """Refit what the plan leaves."""
@@ -92,6 +106,9 @@ class LeastSquaresCompensation(PruningCallback):
             )
         held_out = min(max(round(self.held_out * len(batches)), 1), len(batches) - 1)
         fit, held = joined(batches[:-held_out]), joined(batches[-held_out:])
+        if self.rotate and plan.removed("hidden", 0):
+            with trainer.precision_plugin.forward_context():
+                rotate_to_principal(anatomy, plan, fit, adapter.sum, adapter.edited)
         with (
             tqdm(total=len(plan.kept_layers), desc="Refitting layers", leave=False, disable=not _shows(trainer)) as bar,
             trainer.precision_plugin.forward_context(),

@@ -177,6 +177,11 @@ class Part(Callback, ABC):
         """Give the model the shape that it had when `state`, this part's, was saved; its weights load next."""
 
     @property
+    def rotates(self) -> bool:
+        """Whether this may write the model in another basis of its hidden dimensions."""
+        return False
+
+    @property
     def skips_layers(self) -> bool:
         """Whether a step in which weights move may leave whole layers out of the forward pass."""
         return False
