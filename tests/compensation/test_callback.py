@@ -41,6 +41,22 @@ def test_it_works_alone_without_a_step_of_training(tmp_path: Path) -> None:
     assert_equal(weights(exported), weights(module.lm))
 
 
+def test_a_rotated_cut_of_hidden_dimensions_goes_on_and_is_exported(tmp_path: Path) -> None:
+    module = Plain()
+    part = LeastSquaresCompensation(batches=16, rotate=True)
+    selector = lp.ActivationUnitSelector(hidden=24, stop=2)
+    callbacks = [part, selector, lp.StructuredCut(at=2), lp.Distillation(start=2), lp.ExportHF(str(tmp_path / "out"))]
+    fit(module, callbacks, batches(16, batch=4), max_steps=4)
+    assert module.lm.config.hidden_size == 24
+    plain = Plain()
+    fit(
+        plain, [lp.ActivationUnitSelector(hidden=24, stop=2), lp.StructuredCut(at=2)], batches(16, batch=4), max_steps=2
+    )
+    assert apart(module) < apart(plain)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_equal(weights(exported), weights(module.lm))
+
+
 def test_the_batches_are_not_consumed() -> None:
     seen: list[list[int]] = []
 
@@ -152,6 +168,10 @@ def test_batches_of_one_length_are_joined() -> None:
         ([LeastSquaresCompensation(batches=1)], "LeastSquaresCompensation.batches is 1"),
         ([LeastSquaresCompensation(held_out=1.0)], "LeastSquaresCompensation.held_out is 1.0"),
         ([LeastSquaresCompensation(layers="some")], "LeastSquaresCompensation.layers is 'some'"),  # type: ignore[arg-type]
+        (
+            [LeastSquaresCompensation(rotate=True), lp.Distillation(hidden=0.5)],
+            "Distillation.hidden is 0.5, and LeastSquaresCompensation.rotate is true",
+        ),
         ([LeastSquaresCompensation(), lp.GateAnnealing()], "GateAnnealing trains the model to do without what goes"),
     ],
 )
