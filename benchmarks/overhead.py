@@ -253,6 +253,17 @@ def rounds_of(values: list[float], rounds: int) -> list[list[float]]:
     return [values[size * number : size * (number + 1)] for number in range(rounds)]
 
 
+def over(seconds: dict[str, list[float]], rounds: int, name: str, base: str) -> tuple[float, str]:
+    """The ratio of the medians, and the least and the greatest of the ratios of single rounds."""
+    ratios = [
+        statistics.median(own) / statistics.median(of_base)
+        for own, of_base in zip(rounds_of(seconds[name], rounds), rounds_of(seconds[base], rounds), strict=True)
+    ]
+    return statistics.median(seconds[name]) / statistics.median(
+        seconds[base]
+    ), f"{min(ratios):.3f} to {max(ratios):.3f}"
+
+
 def main() -> None:
     """Measure, and print a Markdown table and the medians behind it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -275,18 +286,8 @@ def main() -> None:
         name: statistics.median(peak_memory(name) for _ in range(2)) for name in ("plain", "gates", "penalty", "masks")
     }
     flops = forward_flops(LAYERS - DROP) / forward_flops(LAYERS)
-
-    def over(name: str, base: str) -> tuple[float, str]:
-        """The ratio of the medians, and the least and the greatest of the ratios of single rounds."""
-        ratios = [
-            statistics.median(own) / statistics.median(of_base)
-            for own, of_base in zip(
-                rounds_of(seconds[name], arguments.rounds), rounds_of(seconds[base], arguments.rounds), strict=True
-            )
-        ]
-        return median[name] / median[base], f"{min(ratios):.3f} to {max(ratios):.3f}"
-
-    of_steps, of_passes = partial(over, base="plain"), partial(over, base="forward and backward")
+    ratio = partial(over, seconds, arguments.rounds)
+    of_steps, of_passes = partial(ratio, base="plain"), partial(ratio, base="forward and backward")
     rows = [
         ("step with gates / plain", *of_steps("gates"), "<= 1.03"),
         ("step with difference penalty / plain", *of_steps("penalty"), "<= 1.05"),
@@ -300,7 +301,7 @@ def main() -> None:
         ("peak memory with difference penalty / plain", memory["penalty"] / memory["plain"], "", "<= 1.02"),
         ("peak memory with hard-concrete masks / plain", memory["masks"] / memory["plain"], "", "<= 1.03"),
         ("the cut / a training step", median["cut"] / median["plain"], "", "<= 1"),
-        ("speed after the cut / fresh small model", *over("fresh small model", "after the cut"), ">= 0.98"),
+        ("speed after the cut / fresh small model", *ratio("fresh small model", "after the cut"), ">= 0.98"),
         (
             "forward cut / dense, over their FLOPs",
             median["forward, cut"] / median["forward, dense"] / flops,

@@ -91,6 +91,11 @@ HEADS: Axis = (Run("heads"),)
 KV_GROUPS: Axis = (Run("kv_groups"),)
 
 
+def of_attention(axis: Axis) -> bool:
+    """Whether all of an axis belongs to attention's heads, and nothing to the MLP."""
+    return all(run.unit in ("heads", "kv_groups") for run in axis)
+
+
 def length(axis: Axis, shape: Shape) -> int:
     """How long an axis is in a model of this shape."""
     return sum(run.rows(shape) * shape.count(run.unit) for run in axis)

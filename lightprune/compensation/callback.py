@@ -15,12 +15,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightprune.compensation.principal import rotate_to_principal
+from lightprune.compensation.principal import check_rotation, rotate_to_principal
 from lightprune.compensation.refit import Compensation, Refitted
 from lightprune.errors import ConfigError, check_choice, check_number
 from lightprune.pipeline import PruningCallback, Stage
 from lightprune.plan import PruningPlan
-from lightprune.surgery.rotation import check_rotation
 
 Layers = Literal["all", "borders"]
 
@@ -48,8 +47,9 @@ class LeastSquaresCompensation(PruningCallback):
             in front of removed layers.
         held_out: the share of the batches that chooses the ridges and judges the refits, and is not fitted on.
         rotate: where hidden dimensions go, cut them in the basis of the stream's principal components: the model is
-            rotated first, which changes nothing of what it computes (`lightprune.surgery.rotation`). Needs RMS norms in
-            front of attention and MLP. Moments that an optimizer has by then are of the old basis.
+            rotated first (`lightprune.surgery.rotation`), which changes nothing of what it computes, or a little where
+            the embeddings are the head. Needs RMS norms in front of attention and MLP. Moments that an optimizer has by
+            then are of the old basis.
 
     Attributes:
         refitted: what was done to each projection.
@@ -88,10 +88,6 @@ class LeastSquaresCompensation(PruningCallback):
         if self.rotate:
             check_rotation(self.pipeline.anatomy)
 
-    @property
-    def rotates(self) -> bool:
-        return self.rotate
-
     def before_cut(self, plan: PruningPlan) -> None:
         """Refit what the plan leaves."""
         start = time.perf_counter()
@@ -106,13 +102,12 @@ class LeastSquaresCompensation(PruningCallback):
             )
         held_out = min(max(round(self.held_out * len(batches)), 1), len(batches) - 1)
         fit, held = joined(batches[:-held_out]), joined(batches[-held_out:])
-        if self.rotate and plan.removed("hidden", 0):
-            with trainer.precision_plugin.forward_context():
-                rotate_to_principal(anatomy, plan, fit, adapter.sum, adapter.edited)
         with (
             tqdm(total=len(plan.kept_layers), desc="Refitting layers", leave=False, disable=not _shows(trainer)) as bar,
             trainer.precision_plugin.forward_context(),
         ):
+            if self.rotate and plan.removed("hidden", 0):
+                rotate_to_principal(anatomy, plan, fit, adapter.sum, adapter.edited)
             self.refitted = Compensation(
                 anatomy,
                 plan,

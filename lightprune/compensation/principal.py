@@ -11,14 +11,31 @@ from torch import Tensor, nn
 
 from lightprune.anatomy import Anatomy
 from lightprune.anatomy.axes import HIDDEN
+from lightprune.errors import ConfigError
 from lightprune.integrations.exact_metric import widest
-from lightprune.masks.forward_passes import attention_mask_of, evaluating
+from lightprune.integrations.zero_params import Edited
+from lightprune.masks.forward_passes import TokenMask, evaluating
 from lightprune.masks.gates import Handle, remove_all
 from lightprune.plan import PruningPlan
-from lightprune.surgery.rotation import Edited, final_norm, is_tied, norm_weight, rotate
+from lightprune.surgery.rotation import final_norm, norm_weight, obstacle, rotate
+from lightprune.surgery.stock_class import is_tied
 
 HELD_SHARE = 8
-"""Where the head is the embedding matrix, a d-th part of hidden dimensions that is left as it is: one in so many."""
+"""Where the embeddings are the head, one hidden dimension in so many is left as it is."""
+
+
+def check_rotation(anatomy: Anatomy) -> None:
+    """Refuse a model that computes something else in another basis.
+
+    Raises:
+        ConfigError: its family has other norms than RMS norms in front of attention and MLP, or other readers.
+    """
+    reason = obstacle(anatomy)
+    if reason is not None:
+        raise ConfigError(
+            f"LeastSquaresCompensation.rotate is true, and {anatomy.model_type} {reason}, so its hidden dimensions "
+            "cannot be rotated: set it to false."
+        )
 
 
 def rotate_to_principal(
@@ -40,11 +57,12 @@ def rotate_to_principal(
     covariance = total(second_moments(anatomy, batches)).cpu().double()
     held: list[int] = []
     kept = plan.kept("hidden", 0)
-    if is_tied(anatomy):
+    if is_tied(anatomy.lm):
         weight = norm_weight(anatomy, final_norm(anatomy)).cpu()
         most = min(len(weight) // HELD_SHARE, len(kept))
         held = (weight - weight.median()).abs().argsort(descending=True)[:most].tolist()
-    rotate(anatomy, principal_basis(covariance, kept, held).to(anatomy.lm.device), edited)
+    device = anatomy.lm.device
+    rotate(anatomy, principal_basis(covariance, kept, held).to(device, widest(device)), edited)
 
 
 @torch.no_grad()
@@ -52,21 +70,20 @@ def second_moments(anatomy: Anatomy, batches: Sequence[Mapping[str, Tensor]]) ->
     """The sum of x x^T over tokens and over norms, [d, d], of what the norms are given, each x scaled to length 1."""
     device, size = anatomy.lm.device, anatomy.shape.hidden
     moments = torch.zeros(size, size, dtype=widest(device), device=device)
-    counted: list[Tensor | None] = [None]
+    counted = TokenMask()
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         stream = torch.nn.functional.normalize(inputs[0].float(), dim=-1)
-        rows = stream.flatten(0, -2) if counted[0] is None else stream[counted[0].bool()]
+        rows = stream.flatten(0, -2) if counted.mask is None else stream[counted.mask.bool()]
         moments.add_(rows.T @ rows)
 
     norms = [site.module for site in anatomy.sites() if site.is_norm and site.axes[0] == HIDDEN]
-    handles: list[Handle] = [norm.register_forward_pre_hook(add) for norm in norms]
+    handles: list[Handle] = [counted.watch(anatomy.decoder)]
+    handles += [norm.register_forward_pre_hook(add) for norm in norms]
     try:
         with evaluating(anatomy.lm):
             for batch in batches:
-                moved = {name: value.to(device) for name, value in batch.items()}
-                counted[0] = attention_mask_of(moved)
-                anatomy.decoder(**moved, use_cache=False)
+                anatomy.decoder(**{name: value.to(device) for name, value in batch.items()}, use_cache=False)
     finally:
         remove_all(handles)
     return moments

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightprune.anatomy import Anatomy
-from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Axis
+from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Axis, of_attention
 from lightprune.anatomy.base import module_at
 from lightprune.plan import PruningPlan
 
@@ -75,13 +75,12 @@ def projections_of(
 
 def _readers(anatomy: Anatomy, layer: nn.Module, axis: Axis) -> Iterator[Projection]:
     """The projections that read the residual stream for the heads, or for the channels."""
-    of_heads = {"heads", "kv_groups"}
     for path, axes in anatomy.family.weights.items():
         module = module_at(layer, path)
-        if module is not None and len(axes) == 2 and axes[1] == HIDDEN and axes[0] is not None:
-            units = {run.unit for run in axes[0]}
-            if (units <= of_heads) == (axis == HEADS):
-                yield Projection(module, path, towards_stream=False)
+        if module is None or len(axes) != 2 or axes[1] != HIDDEN or axes[0] is None:
+            continue
+        if of_attention(axes[0]) == (axis == HEADS):
+            yield Projection(module, path, towards_stream=False)
 
 
 def _inner(anatomy: Anatomy, layer: nn.Module, axis: Axis) -> Projection | None:

@@ -16,7 +16,7 @@ Shapes: N tokens, B sequences, T tokens each, d hidden dimensions, k inputs of a
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,6 +28,7 @@ from lightprune.anatomy import Anatomy
 from lightprune.compensation.passes import Enough, Observed, Pending
 from lightprune.compensation.projections import Projection, projections_of
 from lightprune.compensation.replay import Replay
+from lightprune.integrations.zero_params import Edited
 from lightprune.masks.forward_passes import attention_mask_of, evaluating
 from lightprune.masks.gates import remove_all
 from lightprune.masks.unit_masks import UnitMasks
@@ -36,8 +37,6 @@ from lightprune.surgery.least_squares import Equations, NormalEquations, Refit, 
 
 STRENGTHS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """The ridges that are tried, in units of the mean diagonal of X^T X."""
-
-Edited = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
 
 
 @dataclass(frozen=True)

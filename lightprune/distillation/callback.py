@@ -121,7 +121,7 @@ class Distillation(PruningCallback):
                 "Distillation.hidden is a penalty at the borders of the cut, and there is none: set it to 0, or add a "
                 "StructuredCut to trainer.callbacks."
             )
-        turning = next((part for part in self.pipeline.parts if part.rotates), None)
+        turning = next((part for part in self.pipeline.parts if part.rotate), None)
         if self.hidden and turning is not None:
             raise ConfigError(
                 f"Distillation.hidden is {self.hidden}, and {type(turning).__name__}.rotate is true: the teacher's "

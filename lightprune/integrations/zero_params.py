@@ -7,12 +7,15 @@ flattened values, padded at the end, in `ds_tensor`. All other parameters are wh
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+Edited = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
+"""Gives the whole of a parameter, to be changed in place."""
 
 
 def is_partitioned(parameter: Tensor) -> bool:

@@ -4,7 +4,7 @@ Shapes: d hidden dimensions, H query heads, I MLP channels, L layers.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, cast
@@ -17,10 +17,8 @@ from lightprune.anatomy import Anatomy
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, KV_GROUPS, Axis
 from lightprune.anatomy.base import Site, Writer
 from lightprune.importance.norms import norm_over
+from lightprune.integrations.zero_params import Edited
 from lightprune.masks.gates import Bypass, Handle, ReplacedForward, change_input, change_output, remove_all
-
-# Gives the whole of a parameter, to be changed in place.
-Edited = Callable[[nn.Parameter], AbstractContextManager[Tensor]]
 
 
 @dataclass(frozen=True)

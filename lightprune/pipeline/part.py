@@ -96,6 +96,7 @@ class Part(Callback, ABC):
         folds: whether `fold` writes anything into the weights.
         loss_share: what the module's own loss is multiplied by in a step, now; a penalty stands for the rest.
         needs_training: whether this makes no sense without an optimizer.
+        rotate: whether this may write the model in another basis of its hidden dimensions.
         hooks_layers: whether this has hooks on decoder layers that need gradients, or must run once.
         pipeline: what it belongs to, once it is set up.
         shaped_by: the pipeline of the last fit, or evaluation of a checkpoint, that this has a state from.
@@ -108,6 +109,7 @@ class Part(Callback, ABC):
     loss_share: float = 1.0
     needs_training: ClassVar[bool] = False
     hooks_layers: ClassVar[bool] = False
+    rotate: bool = False
     pipeline: PipelineView
     shaped_by: PipelineView | None = None
 
@@ -175,11 +177,6 @@ class Part(Callback, ABC):
 
     def restructure(self, state: Mapping[str, Any]) -> None:
         """Give the model the shape that it had when `state`, this part's, was saved; its weights load next."""
-
-    @property
-    def rotates(self) -> bool:
-        """Whether this may write the model in another basis of its hidden dimensions."""
-        return False
 
     @property
     def skips_layers(self) -> bool:

@@ -61,6 +61,7 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
     "lora": lambda: [lp.RandomSelector(drop=2, start=SELECT), lp.LoRARecovery(r=2)],
     "distilled": lambda: [lp.RandomSelector(drop=2, start=SELECT), lp.Distillation(alpha=0.7, hidden=0.1, snapshot=1)],
     "compensated": lambda: [lp.BlockInfluenceSelector(drop=2, stop=SELECT), lp.LeastSquaresCompensation(batches=3)],
+    "rotated": lambda: [widths(), lp.LeastSquaresCompensation(batches=3, rotate=True)],
 }
 
 

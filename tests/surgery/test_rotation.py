@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from lightprune.anatomy import anatomy_of
-from lightprune.compensation.principal import principal_basis, rotate_to_principal, second_moments
+from lightprune.compensation.principal import check_rotation, principal_basis, rotate_to_principal, second_moments
 from lightprune.errors import ConfigError
 from lightprune.plan import PruningPlan
 from lightprune.surgery import cut_model
-from lightprune.surgery.rotation import check_rotation, final_norm, is_tied, rotate
+from lightprune.surgery.rotation import final_norm, rotate
+from lightprune.surgery.stock_class import is_tied
 from tests.families import FAMILIES, left_padded, tiny_lm, tokens
 
 ROTATED = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "phi3", "phi3_longrope")
@@ -35,7 +36,7 @@ def test_logits_stay_or_the_family_is_refused_by_name(family: str) -> None:
             check_rotation(anatomy)
         return
     check_rotation(anatomy)
-    if is_tied(anatomy):  # where the final norm's weights are equal, they commute with any rotation
+    if is_tied(lm):  # where the final norm's weights are equal, they commute with any rotation
         final_norm(anatomy).module.weight.data.fill_(1.3)
     batch = left_padded(3, 12)
     with torch.no_grad():
