@@ -35,7 +35,7 @@ from lightprune.masks.unit_masks import UnitMasks
 from lightprune.plan import PruningPlan
 from lightprune.surgery.least_squares import Equations, NormalEquations, Refit, ScaleEquations, best_refit
 
-STRENGTHS = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The ridges that are tried, in units of the mean diagonal of X^T X."""
 
 
