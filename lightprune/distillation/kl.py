@@ -25,6 +25,11 @@ class Likeliest(NamedTuple):
     log_probs: Tensor
 
 
+def likeliest(logits: Tensor, temperature: float, k: int) -> Likeliest:
+    """What a teacher's logits [N, V] say of the k likeliest tokens, softened by the temperature."""
+    return Likeliest(*(logits.float() / temperature).log_softmax(-1).topk(k, dim=-1)[::-1])
+
+
 # For a slice of the N tokens: the teacher's logits [n, V], or what it says of the likeliest ones.
 Teaching = Callable[[slice], "Tensor | Likeliest"]
 
@@ -73,10 +78,12 @@ class _Divergence(torch.autograd.Function):
             chunk = slice(begin, min(begin + size, len(logits)))
             log_q = (logits[chunk].float() / temperature).log_softmax(-1)
             taught = teaching(chunk)
+            if isinstance(taught, Tensor) and top_k is not None:
+                taught = likeliest(taught, temperature, top_k)
             if isinstance(taught, Tensor):
-                log_p = (taught.float() / temperature).log_softmax(-1)
-                taught = log_p if top_k is None else Likeliest(*log_p.topk(top_k, dim=-1)[::-1])
-            kl, slope = _whole(log_q, taught) if isinstance(taught, Tensor) else _of_likeliest(log_q, taught)
+                kl, slope = _whole(log_q, (taught.float() / temperature).log_softmax(-1))
+            else:
+                kl, slope = _of_likeliest(log_q, taught)
             total += temperature**2 * (weights[chunk] * kl).sum()
             if gradient is not None:
                 gradient[chunk] = (slope * (temperature * weights[chunk]).unsqueeze(-1)).to(gradient.dtype)

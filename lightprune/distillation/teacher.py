@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, N = B x T, d hidden dimensions, V tokens in the vocabulary.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -125,6 +126,14 @@ class Teacher:
     def fingerprint(self) -> float:
         """The sum of the absolute values of this rank's weights: another model has another."""
         return float(torch.stack([_own(p).double().abs().sum() for p in self.lm.parameters()]).sum())
+
+    def identity(self) -> str:
+        """A hash of the configuration and of all weights, whole; read it before they are sent to a device."""
+        digest = hashlib.sha256(self.lm.config.to_json_string(use_diff=False).encode())
+        for name, parameter in self.lm.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @torch.no_grad()
     def learn_from(self, lm: PreTrainedModel) -> None:
