@@ -124,16 +124,47 @@ class Generated:
         lm: PreTrainedModel | None = None
         with tqdm(total=self.tokens, desc=f"Writing {domain}", unit=" tokens", unit_scale=True) as bar:
             while written < self.tokens:
-                file = directory / f"{number:06d}.npz"
+                file = _batch_file(directory, number)
                 if not file.exists():
                     lm = lm or _load(str(self.model))
                     _save(file, write(lm, tokenizer, self, number, domain))
-                with np.load(file) as parts:
-                    documents = [parts[name] for name in sorted(parts.files)]
+                documents = _read(file)
                 count = sum(len(document) for document in documents)
                 written, number = written + count, number + 1
                 bar.update(count)
                 yield from documents
+
+    def write_share(
+        self, tokenizer: PreTrainedTokenizerBase, directory: Path, domain: str, *, place: int, places: int
+    ) -> None:
+        """Writes every `places`-th batch, until what all processes have written together is enough for `documents`.
+
+        Args:
+            tokenizer: Of the model.
+            directory: Where the batches are kept.
+            domain: For the progress bar and the error messages.
+            place: Which process this is.
+            places: How many processes write.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        counts: dict[str, int] = {}
+        number = place
+        lm: PreTrainedModel | None = None
+        with tqdm(
+            total=self.tokens, desc=f"Writing {domain}", unit=" tokens", unit_scale=True, disable=place > 0
+        ) as bar:
+            while True:
+                there = {file.name for file in directory.glob("*.npz") if ".draft" not in file.name}
+                new = {name: sum(map(len, _read(directory / name))) for name in there - counts.keys()}
+                counts |= new
+                bar.update(sum(new.values()))
+                if sum(counts.values()) >= self.tokens:
+                    return
+                file = _batch_file(directory, number)
+                if not file.exists():
+                    lm = lm or _load(str(self.model))
+                    _save(file, write(lm, tokenizer, self, number, domain))
+                number += places
 
 
 def write(
@@ -198,6 +229,15 @@ def _load(model: str) -> PreTrainedModel:
     if on_gpu:
         lm.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))  # type: ignore[arg-type]
     return lm
+
+
+def _batch_file(directory: Path, number: int) -> Path:
+    return directory / f"{number:06d}.npz"
+
+
+def _read(file: Path) -> list[NDArray[Any]]:
+    with np.load(file) as parts:
+        return [parts[name] for name in sorted(parts.files)]
 
 
 def _save(file: Path, documents: Sequence[NDArray[np.int64]]) -> None:

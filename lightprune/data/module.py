@@ -18,7 +18,7 @@ from lightprune.data.mixture import MixtureSampler, check_weights
 from lightprune.data.readers import key_of
 from lightprune.data.sources import Source, sources_of
 from lightprune.data.stream import TokenStream
-from lightprune.data.tokens import TokenCache, cache_root
+from lightprune.data.tokens import TokenCache, cache_entry, cache_root, parts_of, tokenizer_identity
 from lightprune.errors import ConfigError, check_number, is_finite, is_whole
 from lightprune.hub import load_tokenizer
 from lightprune.integrations.workers import outlive_preemption
@@ -201,12 +201,16 @@ class TextDataModule(LightningDataModule):
         return self._mixture.epochs_seen
 
     def prepare_data(self) -> None:
-        """Tokenizes what is not in the cache yet, on rank 0 alone; streams wait for training."""
-        self._tokens()
+        """Tokenizes what is not in the cache yet, on rank 0 alone; streams wait for training.
+
+        Text that a model writes waits for `setup`, if there are several ranks: all of them write.
+        """
+        self._tokens(written=self._replicas()[0] == 1)
 
     def setup(self, stage: str) -> None:
         """Opens the cache, and starts the training mixture from its beginning if `stage` is "fit"."""
         if not self._opened:
+            self._write_together()
             tokens = self._tokens()
             options: dict[str, Any] = {"block_size": self.block_size, "validation": self.validation, "bos": self._bos}
             for name, source in self.domains.items():
@@ -246,9 +250,27 @@ class TextDataModule(LightningDataModule):
             raise RuntimeError("The training data is not set up: call setup('fit') first.")
         return self._sampler
 
-    def _tokens(self) -> dict[str, TokenCache | TokenStream]:
+    def _tokens(self, *, written: bool = True) -> dict[str, TokenCache | TokenStream]:
+        """The tokens of all domains, or of those alone whose text is not `written` by a model."""
         sources = self._sources(self.trainer and self.trainer.lightning_module)
+        sources = {name: source for name, source in sources.items() if written or source.generated is None}
         return tokenize_domains(sources, self.tokenizer, cache=cache_root(self.cache_dir), bos=self._bos)
+
+    def _write_together(self) -> None:
+        """Where there are several ranks, let all of them write the text that is generated; one tokenizes it."""
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1 or all(s.generated is None for s in self.domains.values()):
+            return
+        identity = tokenizer_identity(self.tokenizer, self._bos)
+        for name, source in self._sources(trainer.lightning_module).items():
+            directory = cache_entry(cache_root(self.cache_dir), source, identity, domain=name)
+            if source.generated is not None and not directory.exists():
+                share = {"place": trainer.global_rank, "places": trainer.world_size}
+                source.generated.write_share(self.tokenizer, parts_of(directory), name, **share)
+        trainer.strategy.barrier("generated text is written")
+        if trainer.is_global_zero:
+            self._tokens()
+        trainer.strategy.barrier("generated text is tokenized")
 
     def _sources(self, module: object) -> dict[str, Source]:
         """The sources; generated text is written by the model that `module` loads, unless another one is named."""

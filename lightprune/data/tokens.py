@@ -118,7 +118,7 @@ def tokenize_once(
     """
     if not directory.exists():
         draft = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
-        parts = directory.with_name(f"{directory.name}.parts")  # of text that is written: it stays if this is killed
+        parts = parts_of(directory)
         draft.mkdir(parents=True)
         try:
             _write(draft, source, DocumentEncoder(tokenizer, bos), domain, parts)
@@ -127,6 +127,11 @@ def tokenize_once(
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return TokenCache(directory, blank=json.loads((directory / "meta.json").read_text())["blank"])
+
+
+def parts_of(directory: Path) -> Path:
+    """Where text that a model writes for an entry is kept until it is whole: it stays if the process is killed."""
+    return directory.with_name(f"{directory.name}.parts")
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:

@@ -8,10 +8,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightprune.data import MixtureLoader, Source, TextDataModule
+from lightprune.data import MixtureLoader, Source, TextDataModule, generated
 from lightprune.data.blocks import OrderedSampler
 from lightprune.metrics import IGNORE_INDEX
 from tests.data.conftest import byte_tokenizer
+from tests.families import tiny_lm
 
 
 class Writer(pl.LightningModule):
@@ -91,3 +92,69 @@ def test_two_ranks_see_disjoint_shares_of_one_sequence(tmp_path: Path) -> None:
     rows = [tuple(row) for batch in together[:12] for row in batch]
     assert len(set(rows)) == len(rows)
     assert sorted(ranks[0]["val"] + ranks[1]["val"]) == sorted(held_out)
+
+
+class Reader(Writer):
+    """Writes down which batches of text its rank has written, and what became of them all."""
+
+    def on_train_end(self) -> None:
+        tokens = [domain.train[0].tolist() for domain in self.trainer.datamodule._opened.values()]
+        seen = {"wrote": WROTE, "tokens": tokens}
+        (self.directory / f"rank{self.global_rank}.json").write_text(json.dumps(seen))
+
+
+WROTE: list[int] = []
+
+
+class Noting(TextDataModule):
+    """Notes the batches that are written in this process."""
+
+    def setup(self, stage: str) -> None:
+        original = generated.write
+
+        def noted(lm: Any, tokenizer: Any, settings: Any, number: int, domain: str) -> Any:
+            WROTE.append(number)
+            return original(lm, tokenizer, settings, number, domain)
+
+        generated.write = noted
+        try:
+            super().setup(stage)
+        finally:
+            generated.write = original
+
+
+def test_two_ranks_write_one_text_together(tmp_path: Path) -> None:
+    tiny_lm(vocab_size=len(byte_tokenizer())).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+
+    def data(cache: str) -> TextDataModule:
+        written = {"model": str(tmp_path / "model"), "tokens": 400, "length": 12, "batch_size": 4}
+        return Noting(
+            {"own": {"generated": written}},  # type: ignore[dict-item]
+            tokenizer=byte_tokenizer(),
+            block_size=8,
+            batch_size=2,
+            validation=2,
+            num_workers=0,
+            cache_dir=str(tmp_path / cache),
+        )
+
+    alone = data("alone")
+    alone.setup("fit")
+    batches, expected = len(WROTE), [domain.train[0].tolist() for domain in alone._opened.values()]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_spawn",
+        max_steps=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Reader(tmp_path), datamodule=data("together"))
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["tokens"] for rank in ranks] == [expected, expected]
+    assert all(number % 2 == place for place, rank in enumerate(ranks) for number in rank["wrote"][: batches // 2])
+    assert min(len(rank["wrote"]) for rank in ranks) >= batches // 2 - 1
