@@ -185,29 +185,42 @@ class Found:
         return self.results.find(kind="result", cut=cut, row=row.name, lr=lr, seed=seed)
 
 
+# Rows whose numbers carry the conclusions have three seeds, the others two; rows of many tokens have one.
+THREE = ("cut, finetuned", "cut, distilled", "cut, refitted, distilled", "cut, refitted, distilled (half)")
+
+
+def seeds_of(row: Row) -> Sequence[int]:
+    """The seeds that a row has."""
+    if row.steps > STEPS or not (row.rates or row.like):
+        return (0,)
+    return (0, 1, 2) if row.name in THREE else (0, 1)
+
+
 Job = tuple[str, Row, float, int]
 
 
 class Bench:
     """The runs that a table needs, each made once, several beside each other."""
 
-    def __init__(self, results: Results, make: Maker, seeds: dict[str, Sequence[int]]) -> None:
+    def __init__(self, results: Results, make: Maker) -> None:
         self.found = Found(results)
         self.make = make
-        self.seeds = seeds  # by row
 
     def missing(self, cuts: Sequence[str], rows: Sequence[Row]) -> list[Job]:
         """What can be made now: seed 0 at all rates of a row, and once they are there, other seeds at the best."""
-        jobs: list[Job] = []
+        search: list[Job] = []
+        others: list[Job] = []
         for row in rows:
             for cut in (cut for cut in cuts if cut in row.cuts):
                 searched = BY_NAME[row.like] if row.like else row
-                search = [(cut, searched, lr, 0) for lr in searched.rates or (0.0,)]
-                jobs += [job for job in search if self.found.run(*job) is None]
-                if all(self.found.run(*job) is not None for job in search):
+                tried = [(cut, searched, lr, 0) for lr in searched.rates or (0.0,)]
+                search += [job for job in tried if self.found.run(*job) is None]
+                if all(self.found.run(*job) is not None for job in tried):
                     rate = self.found.rate(cut, row) or 0.0
-                    jobs += [(cut, row, rate, s) for s in self.seeds[row.name] if not self.found.run(cut, row, rate, s)]
-        return [job for place, job in enumerate(jobs) if job not in jobs[:place]]
+                    others += [(cut, row, rate, s) for s in seeds_of(row) if not self.found.run(cut, row, rate, s)]
+        search.sort(key=lambda job: job[1].steps)
+        others.sort(key=lambda job: job[1].name not in THREE)
+        return list(dict.fromkeys([*search, *others]))
 
     def run(self, cuts: Sequence[str], rows: Sequence[Row], workers: int) -> None:
         """Make what is missing."""
@@ -258,17 +271,6 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f}{around}"
 
 
-# Rows whose numbers carry the conclusions have three seeds, the others two; rows of many tokens have one.
-THREE = ("cut, finetuned", "cut, distilled", "cut, refitted, distilled", "cut, refitted, distilled (half)")
-
-
-def seeds_of(row: Row, seeds: Sequence[int]) -> Sequence[int]:
-    """The seeds that a row has of those that are asked for."""
-    if row.steps > STEPS or not (row.rates or row.like):
-        return seeds[:1]
-    return seeds if row.name in THREE else seeds[:2]
-
-
 def main() -> None:
     """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -279,7 +281,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "recovery.jsonl")
     parser.add_argument("--cuts", nargs="*", default=list(CUTS))
     parser.add_argument("--rows", nargs="*", default=[row.name for row in ROWS])
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="runs beside each other")
     parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     arguments = parser.parse_args()
@@ -290,8 +291,7 @@ def main() -> None:
             parser.error("`run` needs --own, --wikitext and --gsm8k")
         maker = Maker(sources, arguments.model, arguments.accelerator)
         rows = [row for row in ROWS if row.name in arguments.rows]
-        bench = Bench(results, maker, {row.name: seeds_of(row, arguments.seeds) for row in rows})
-        bench.run(arguments.cuts, rows, arguments.workers)
+        Bench(results, maker).run(arguments.cuts, rows, arguments.workers)
     found = Found(results)
     if found.dense is not None:
         for cut in CUTS:

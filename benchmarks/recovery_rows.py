@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lightning.pytorch.callbacks import Callback
 from rivals import PLANS, ReplaceMe
@@ -109,6 +110,17 @@ def learned(cut: str, steps: int) -> list[Callback]:
     return [masks, cut_at(MASKED), lp.Distillation(alpha=0.5)]
 
 
+def gates(cut: str, steps: int, teacher: bool = False) -> list[Callback]:
+    """TRSP's and ELDeR's gates, untrained: five steps for each layer that goes."""
+    selector = lp.LayerGateSelector(drop=8, stop=steps, lr=0.04, protect_last=3)
+    return [selector, cut_at(steps), *([lp.Distillation()] if teacher else [])]
+
+
+def scaled(cut: str, steps: int) -> list[Callback]:
+    """ShortGPT's layers go, and how much the others count for is learned from the teacher, with frozen weights."""
+    return [*CUTS[cut](), lp.ScaleCalibration(), cut_at(steps), lp.Distillation(start=SELECT)]
+
+
 def elder(cut: str, steps: int) -> list[Callback]:
     """ELDeR: gates by the teacher's divergence, the difference penalty, the cut."""
     gates = lp.LayerGateSelector(drop=8, stop=TRANSFER, lr=0.04, protect_last=3)
@@ -178,12 +190,15 @@ ROWS = (
     Row("cut, refitted", one_shot(refitted=True), steps=SELECT),
     Row("cut, refitted on WikiText-2", one_shot(refitted=True), steps=SELECT, text="wikitext", cuts=("depth", "mlp")),
     Row("cut, finetuned", one_shot(), FINE),
-    Row("cut, distilled", one_shot(teacher=1.0), (2e-4, 4e-4, 8e-4)),
+    Row("cut, distilled", one_shot(teacher=1.0), TAUGHT),
     Row("cut, distilled (half)", one_shot(teacher=0.5), TAUGHT),
-    Row("cut, refitted, finetuned", one_shot(True), REFITTED),
-    Row("cut, refitted, distilled", one_shot(True, 1.0), REFITTED),
+    Row("cut, refitted, finetuned", one_shot(True), REFITTED, cuts=(*DEPTH, *MLP)),
+    Row("cut, refitted, distilled", one_shot(True, 1.0), REFITTED, cuts=(*DEPTH, *MLP)),
     Row(BEST, one_shot(True, 0.5), REFITTED),
-    Row(f"{BEST}, 48 steps", one_shot(True, 0.5), REFITTED, steps=48),
+    Row(f"{BEST}, 48 steps", one_shot(True, 0.5), REFITTED[1:], steps=48, cuts=(*DEPTH, *MLP)),
+    Row("gates", gates, steps=TRANSFER, cuts=DEPTH),
+    Row("gates, by the teacher's divergence", partial(gates, teacher=True), steps=TRANSFER, cuts=DEPTH),
+    Row("gates of ShortGPT's choice, values learned", scaled, steps=TRANSFER, cuts=DEPTH),
     Row("SLEB's layers", one_shot(choose=sleb), steps=SELECT, cuts=DEPTH),
     Row("SLEB's layers, refitted, distilled (half)", one_shot(True, 0.5, sleb), cuts=DEPTH, like=BEST),
     Row("TRSP (penalty), distilled (half)", emptied(lambda: lp.DifferencePenalty(strength=0.1)), TAUGHT, cuts=DEPTH),
@@ -204,8 +219,8 @@ ROWS = (
     Row("DRPruning's masks, distilled (half)", learned, TAUGHT, cuts=tuple(MASKS)),
     Row("two cuts, refitted, distilled (half)", in_two, REFITTED, cuts=(*DEPTH, *MLP)),
     *rivals(),
-    Row("cut, distilled, 524k tokens", one_shot(teacher=1.0), TAUGHT, steps=LONG, cuts=(*DEPTH, *MLP)),
-    Row(f"{BEST}, 524k tokens", one_shot(True, 0.5), REFITTED, steps=LONG, cuts=(*DEPTH, *MLP)),
+    Row("cut, distilled, 524k tokens", one_shot(teacher=1.0), TAUGHT[1:], steps=LONG, cuts=(*DEPTH, *MLP)),
+    Row(f"{BEST}, 524k tokens", one_shot(True, 0.5), REFITTED[1:], steps=LONG, cuts=(*DEPTH, *MLP)),
 )
 BY_NAME = {row.name: row for row in ROWS}
 

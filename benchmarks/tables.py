@@ -26,7 +26,7 @@ TABLES: Mapping[str, Callable[[], Iterable[str]]] = {
     "domains": lambda: domains.table(results("domains")),
     **{
         f"recovery {cut}": lambda cut=cut: recovery.table(recovery.Found(results("recovery")), cut)
-        for cut in ("depth", "mlp")
+        for cut in recovery.CUTS
     },
     **{
         f"width {target}": lambda target=target: table(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what `__getattr__` brings, for type checkers and editors
         GroupNormPenalty,
         ProximalGroupLasso,
         Regularizer,
+        ScaleCalibration,
     )
     from lightprune.reweighting import DomainReweighting
     from lightprune.selectors import (
@@ -81,6 +82,7 @@ __all__ = [
     "Recovery",
     "Regularizer",
     "RunReport",
+    "ScaleCalibration",
     "Selector",
     "StructuredCut",
     "TaylorUnitSelector",
@@ -110,7 +112,9 @@ _HOMES = {
         "pipeline": "Part Pipeline PruningCallback",
         "plan": "PruningPlan",
         "recovery": "LoRARecovery Recovery",
-        "regularizers": "DifferencePenalty GateAnnealing GroupNormPenalty ProximalGroupLasso Regularizer",
+        "regularizers": (
+            "DifferencePenalty GateAnnealing GroupNormPenalty ProximalGroupLasso Regularizer ScaleCalibration"
+        ),
         "reweighting": "DomainReweighting",
         "selectors": (
             "ActivationUnitSelector BlockInfluenceSelector GreedyPerplexitySelector HardConcreteSelector "

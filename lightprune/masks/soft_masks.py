@@ -122,8 +122,7 @@ class UnitValues:
         for writer in self._anatomy.writers():
             scale = self._of_writer(writer)
             if scale is not None:
-                for name in writer.names:
-                    _scale(edited, writer.module, name, scale, offset=writer.offset)
+                fold_writer(edited, writer, scale)
 
     def _attach(self, site: Site) -> None:
         values, module = self.values, site.module
@@ -182,6 +181,18 @@ class UnitValues:
             return stock_forward(values) if kept is None else norm_over(site.module, values, kept)
 
         return forward
+
+
+def fold_writer(edited: Edited, writer: Writer, scale: Tensor) -> None:
+    """Write into a writer's weights what its output is multiplied by.
+
+    Args:
+        edited: gives the whole of a parameter, to be changed in place.
+        writer: what writes to the residual stream.
+        scale: [d] or [].
+    """
+    for name in writer.names:
+        _scale(edited, writer.module, name, scale, offset=writer.offset)
 
 
 def _scaled_by(scale_now: Callable[[], Tensor | None]) -> Callable[[Tensor], Tensor]:

@@ -87,7 +87,7 @@ def check_packed(anatomy: Anatomy, units: Collection[Structure]) -> None:
 
 
 def check_packed_writers(anatomy: Anatomy, part: str) -> None:
-    """Refuse to scale the outputs of quantized weights, as masks of layers that end between 0 and 1 do at the cut.
+    """Refuse to scale the outputs of quantized weights, as masks between 0 and 1, and learned scales, do at the cut.
 
     Args:
         anatomy: of the LM.
@@ -100,9 +100,9 @@ def check_packed_writers(anatomy: Anatomy, part: str) -> None:
         packed = packed_in(writer.module)
         if packed is not None:
             raise ConfigError(
-                f"{part} writes the masks that it learns into the weights at the cut, and those of layer "
-                f"{writer.layer} are quantized (it has {packed}): load the model without quantization, or choose "
-                "another selector of layers, such as BlockInfluenceSelector."
+                f"{part} writes what it learns into the weights at the cut, and those of layer {writer.layer} are "
+                f"quantized (it has {packed}): load the model without quantization, or leave {part} out; for "
+                "HardConcreteSelector, choose another selector of layers, such as BlockInfluenceSelector."
             )
 
 

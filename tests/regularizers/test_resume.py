@@ -18,6 +18,8 @@ CUT, STEPS = 6, 8
 PARTS: dict[str, Any] = {
     "annealing": lambda: lp.GateAnnealing("cosine", order="first_to_last"),
     "penalty": lambda: lp.GroupNormPenalty(20.0, ramp="linear"),
+    "scales": lambda: lp.ScaleCalibration(),
+    "scales, then weights": lambda: lp.ScaleCalibration(stop=3),
     "lasso to zero": lambda: lp.ProximalGroupLasso(),
     "lasso": lambda: lp.ProximalGroupLasso(20.0, start=1, stop=5),
 }
