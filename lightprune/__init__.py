@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what `__getattr__` brings, for type checkers and editors
         LayerSelector,
         MagnitudeUnitSelector,
         PlanFromFile,
+        ProjectedGateSelector,
         RandomSelector,
         RandomUnitSelector,
         Selector,
@@ -72,6 +73,7 @@ __all__ = [
     "Pipeline",
     "PlanFromFile",
     "PreemptionCheckpoint",
+    "ProjectedGateSelector",
     "ProximalGroupLasso",
     "PruningCallback",
     "PruningPlan",
@@ -118,8 +120,8 @@ _HOMES = {
         "reweighting": "DomainReweighting",
         "selectors": (
             "ActivationUnitSelector BlockInfluenceSelector GreedyPerplexitySelector HardConcreteSelector "
-            "LayerGateSelector LayerSelector MagnitudeUnitSelector PlanFromFile RandomSelector RandomUnitSelector "
-            "Selector TaylorUnitSelector UnitSelector"
+            "LayerGateSelector LayerSelector MagnitudeUnitSelector PlanFromFile ProjectedGateSelector RandomSelector "
+            "RandomUnitSelector Selector TaylorUnitSelector UnitSelector"
         ),
     }.items()
     for name in names.split()

@@ -92,6 +92,19 @@ def highest_heads(head_scores: Tensor, group_scores: Tensor, target: Shape) -> l
     ]
 
 
+def highest_mask(scores: Tensor, count: int) -> Tensor:
+    """1 for the `count` units with the highest `scores` [..., n], 0 for the others; of equal ones the earlier stay."""
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    return torch.zeros_like(scores).scatter(-1, order[..., :count], 1.0)
+
+
+def highest_heads_mask(head_scores: Tensor, heads_per_group: int, target: Shape) -> Tensor:
+    """1 for the heads [..., H] that `highest_heads` keeps, where groups score what their heads score together."""
+    of_group = torch.unflatten(head_scores, -1, (-1, heads_per_group))
+    groups = highest_mask(of_groups(head_scores, heads_per_group), target.kv_groups)
+    return (highest_mask(of_group, target.heads_per_group) * groups.unsqueeze(-1)).flatten(-2)
+
+
 def rounded(scores: Tensor) -> object:
     """Scores as nested lists of numbers with four significant digits, for JSON."""
 

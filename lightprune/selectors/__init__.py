@@ -9,6 +9,7 @@ from lightprune.selectors.from_file import PlanFromFile
 from lightprune.selectors.hard_concrete.selector import HardConcreteSelector
 from lightprune.selectors.width.activation import ActivationUnitSelector
 from lightprune.selectors.width.magnitude import MagnitudeUnitSelector
+from lightprune.selectors.width.projected_gates import ProjectedGateSelector
 from lightprune.selectors.width.random_units import RandomUnitSelector
 from lightprune.selectors.width.taylor import TaylorUnitSelector
 from lightprune.selectors.width.units import UnitSelector
@@ -22,6 +23,7 @@ __all__ = [
     "LayerSelector",
     "MagnitudeUnitSelector",
     "PlanFromFile",
+    "ProjectedGateSelector",
     "RandomSelector",
     "RandomUnitSelector",
     "Selector",
