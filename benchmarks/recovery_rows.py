@@ -121,6 +121,12 @@ def scaled(cut: str, steps: int) -> list[Callback]:
     return [*CUTS[cut](), lp.ScaleCalibration(), cut_at(steps), lp.Distillation(start=SELECT)]
 
 
+def projected(cut: str, steps: int) -> list[Callback]:
+    """Gates of channels that learn from the teacher, begun by the scores of activations."""
+    gates = lp.ProjectedGateSelector(channels=1024, score_steps=SELECT, stop=steps)
+    return [gates, cut_at(steps), lp.Distillation()]
+
+
 def elder(cut: str, steps: int) -> list[Callback]:
     """ELDeR: gates by the teacher's divergence, the difference penalty, the cut."""
     gates = lp.LayerGateSelector(drop=8, stop=TRANSFER, lr=0.04, protect_last=3)
@@ -199,6 +205,7 @@ ROWS = (
     Row("gates", gates, steps=TRANSFER, cuts=DEPTH),
     Row("gates, by the teacher's divergence", partial(gates, teacher=True), steps=TRANSFER, cuts=DEPTH),
     Row("gates of ShortGPT's choice, values learned", scaled, steps=TRANSFER, cuts=DEPTH),
+    Row("projected gates", projected, steps=TRANSFER, cuts=MLP),
     Row("SLEB's layers", one_shot(choose=sleb), steps=SELECT, cuts=DEPTH),
     Row("SLEB's layers, refitted, distilled (half)", one_shot(True, 0.5, sleb), cuts=DEPTH, like=BEST),
     Row("TRSP (penalty), distilled (half)", emptied(lambda: lp.DifferencePenalty(strength=0.1)), TAUGHT, cuts=DEPTH),
