@@ -131,7 +131,7 @@ def charged(callbacks: Sequence[Callback], steps: int) -> dict[str, Any]:
         parameters = dense if begin == 0 else next(cut for cut in cuts if cut.at == begin).parameters["after"]
         for part in callbacks:
             if isinstance(part, lp.selectors.Selector) and begin <= part.start < end and part.hold_weights:
-                gates = isinstance(part, lp.LayerGateSelector)
+                gates = isinstance(part, (lp.LayerGateSelector, lp.ProjectedGateSelector))
                 flops += (4.0 if gates else 2.0) * parameters * (part.stop - part.start) * tokens
                 begin = part.stop
         flops += 6.0 * parameters * (end - begin) * tokens
