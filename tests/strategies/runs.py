@@ -59,8 +59,16 @@ METHODS: dict[str, Callable[[], list[Callback]]] = {
     ],
     "perplexity": lambda: [lp.GreedyPerplexitySelector(drop=2, stop=SELECT)],
     "lora": lambda: [lp.RandomSelector(drop=2, start=SELECT), lp.LoRARecovery(r=2)],
-    "distilled": lambda: [lp.RandomSelector(drop=2, start=SELECT), lp.Distillation(alpha=0.7, hidden=0.1, snapshot=1)],
-    "compensated": lambda: [lp.BlockInfluenceSelector(drop=2, stop=SELECT), lp.LeastSquaresCompensation(batches=3)],
+    "distilled": lambda: [
+        lp.RandomSelector(drop=2, start=SELECT),
+        lp.ScaleCalibration(stop=CUT - 1),
+        lp.Distillation(alpha=0.7, hidden=0.1, snapshot=1),
+    ],
+    "compensated": lambda: [
+        lp.RandomSelector(drop=2, start=SELECT),
+        lp.ProjectedGateSelector(channels=32, kv_groups=1, score_steps=SELECT // 2, stop=SELECT),
+        lp.LeastSquaresCompensation(batches=3),
+    ],
     "rotated": lambda: [widths(), lp.LeastSquaresCompensation(batches=3, rotate=True)],
 }
 
