@@ -113,18 +113,18 @@ def learned(cut: str, steps: int) -> list[Callback]:
 def gates(cut: str, steps: int, teacher: bool = False) -> list[Callback]:
     """TRSP's and ELDeR's gates, untrained: five steps for each layer that goes."""
     selector = lp.LayerGateSelector(drop=8, stop=steps, lr=0.04, protect_last=3)
-    return [selector, cut_at(steps), *([lp.Distillation()] if teacher else [])]
+    return [selector, cut_at(steps), *([lp.Distillation(alpha=1.0)] if teacher else [])]
 
 
 def scaled(cut: str, steps: int) -> list[Callback]:
     """ShortGPT's layers go, and how much the others count for is learned from the teacher, with frozen weights."""
-    return [*CUTS[cut](), lp.ScaleCalibration(), cut_at(steps), lp.Distillation(start=SELECT)]
+    return [*CUTS[cut](), lp.ScaleCalibration(), cut_at(steps), lp.Distillation(alpha=1.0, start=SELECT)]
 
 
 def projected(cut: str, steps: int) -> list[Callback]:
     """Gates of channels that learn from the teacher, begun by the scores of activations."""
     gates = lp.ProjectedGateSelector(channels=1024, score_steps=SELECT, stop=steps)
-    return [gates, cut_at(steps), lp.Distillation()]
+    return [gates, cut_at(steps), lp.Distillation(alpha=1.0)]
 
 
 def elder(cut: str, steps: int) -> list[Callback]:

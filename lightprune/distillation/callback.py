@@ -40,7 +40,8 @@ class Distillation(PruningCallback):
     the teacher.
 
     Args:
-        alpha: a, the teacher's share of the loss; 1 leaves out the module's own loss.
+        alpha: a, the teacher's share of the loss; 1 leaves out the module's own loss. A half is better than 1 in every
+            row of `benchmarks/recovery.py` that has both.
         temperature: T; above 1, the teacher's second choices count more.
         top_k: how many of the teacher's likeliest tokens are told apart; all others are one. None tells all apart.
         hidden: strength of a penalty on hidden states: the mean over the borders of the cut, and over tokens, of
@@ -66,7 +67,7 @@ class Distillation(PruningCallback):
 
     def __init__(
         self,
-        alpha: float = 1.0,
+        alpha: float = 0.5,
         temperature: float = 1.0,
         top_k: int | None = None,
         hidden: float = 0.0,

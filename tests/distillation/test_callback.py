@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_the_plain_formula(
 def test_a_model_that_teaches_itself_learns_nothing_until_it_is_cut() -> None:
     spy, module = Gradients(), Plain(other_lm())
     before = weights(module)
-    fit(module, [spy, Distillation()], labelled(2), max_steps=2)
+    fit(module, [spy, Distillation(alpha=1.0)], labelled(2), max_steps=2)
     assert max(float(g.abs().max()) for g in spy.seen[0].values()) < 1e-6
     for name, weight in weights(module).items():
         torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-6)
@@ -88,7 +88,7 @@ def test_a_model_that_teaches_itself_learns_nothing_until_it_is_cut() -> None:
 def test_after_the_cut_the_uncut_model_teaches() -> None:
     module, dense = Plain(), tiny_lm()
     selector, spy = lp.RandomSelector(drop=2), Gradients()
-    fit(module, [spy, Distillation(), selector, lp.StructuredCut(at=1)], labelled(3), max_steps=2)
+    fit(module, [spy, Distillation(alpha=1.0), selector, lp.StructuredCut(at=1)], labelled(3), max_steps=2)
     (batch,) = labelled(2)[1:]
     cut = Plain(tiny_lm())
     lp.surgery.cut_model(lp.anatomy_of(cut.lm), selector.plan)

@@ -119,7 +119,7 @@ def test_a_step_follows_the_slopes_of_all_gates_open_and_closed() -> None:
 def test_learned_gates_lose_less_than_the_scores_that_they_begin_with() -> None:
     def loss_of(selector: lp.Selector, data: list[Batch], steps: int) -> float:
         module = Plain(tiny_lm("llama_tied"))
-        fit(module, [selector, lp.StructuredCut(at=steps), lp.Distillation()], data, max_steps=steps)
+        fit(module, [selector, lp.StructuredCut(at=steps), lp.Distillation(alpha=1.0)], data, max_steps=steps)
         whole = tiny_lm("llama_tied").eval()
         with torch.no_grad():
             p, q = (lm(**data[0], use_cache=False).logits.log_softmax(-1) for lm in (whole, module.lm.eval()))
