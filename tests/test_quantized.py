@@ -169,7 +169,7 @@ def test_widths_are_refused(load: Any, selector: Any, tmp_path: Path) -> None:
 @models
 def test_masks_that_would_be_written_into_packed_weights_are_refused(load: Any, tmp_path: Path) -> None:
     parts = [HardConcreteSelector(layers=4, stop=1), StructuredCut(at=1, validate=False)]
-    with pytest.raises(ConfigError, match=r"^HardConcreteSelector writes the masks .* layer 0 are quantized"):
+    with pytest.raises(ConfigError, match=r"^HardConcreteSelector writes what it learns .* layer 0 are quantized"):
         fit(NoStep(load(tmp_path)), parts, batches(2), 2)
 
 

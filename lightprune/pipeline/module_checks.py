@@ -101,8 +101,8 @@ def check_packed_writers(anatomy: Anatomy, part: str) -> None:
         if packed is not None:
             raise ConfigError(
                 f"{part} writes what it learns into the weights at the cut, and those of layer {writer.layer} are "
-                f"quantized (it has {packed}): load the model without quantization, or leave {part} out; for "
-                "HardConcreteSelector, choose another selector of layers, such as BlockInfluenceSelector."
+                f"quantized (it has {packed}): load the model without quantization, or choose layers by another part, "
+                "such as BlockInfluenceSelector."
             )
 
 

@@ -156,5 +156,7 @@ def test_two_ranks_write_one_text_together(tmp_path: Path) -> None:
     trainer.fit(Reader(tmp_path), datamodule=data("together"))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["tokens"] for rank in ranks] == [expected, expected]
-    assert all(number % 2 == place for place, rank in enumerate(ranks) for number in rank["wrote"][: batches // 2])
-    assert min(len(rank["wrote"]) for rank in ranks) >= batches // 2 - 1
+    # Rank 1 writes its own share alone; rank 0 also fills what is missing, if the other one is slow.
+    assert ranks[1]["wrote"]
+    assert all(number % 2 == 1 for number in ranks[1]["wrote"])
+    assert len(ranks[0]["wrote"]) < batches
