@@ -121,14 +121,10 @@ class Generated:
         """
         directory.mkdir(parents=True, exist_ok=True)
         written = number = 0
-        lm: PreTrainedModel | None = None
-        with tqdm(total=self.tokens, desc=f"Writing {domain}", unit=" tokens", unit_scale=True) as bar:
+        writer = _Writer(self, tokenizer, directory, domain)
+        with writer.bar() as bar:
             while written < self.tokens:
-                file = _batch_file(directory, number)
-                if not file.exists():
-                    lm = lm or _load(str(self.model))
-                    _save(file, write(lm, tokenizer, self, number, domain))
-                documents = _read(file)
+                documents = _read(writer.batch(number))
                 count = sum(len(document) for document in documents)
                 written, number = written + count, number + 1
                 bar.update(count)
@@ -149,10 +145,8 @@ class Generated:
         directory.mkdir(parents=True, exist_ok=True)
         counts: dict[str, int] = {}
         number = place
-        lm: PreTrainedModel | None = None
-        with tqdm(
-            total=self.tokens, desc=f"Writing {domain}", unit=" tokens", unit_scale=True, disable=place > 0
-        ) as bar:
+        writer = _Writer(self, tokenizer, directory, domain)
+        with writer.bar(shown=place == 0) as bar:
             while True:
                 there = {file.name for file in directory.glob("*.npz") if ".draft" not in file.name}
                 new = {name: sum(map(len, _read(directory / name))) for name in there - counts.keys()}
@@ -160,11 +154,32 @@ class Generated:
                 bar.update(sum(new.values()))
                 if sum(counts.values()) >= self.tokens:
                     return
-                file = _batch_file(directory, number)
-                if not file.exists():
-                    lm = lm or _load(str(self.model))
-                    _save(file, write(lm, tokenizer, self, number, domain))
+                writer.batch(number)
                 number += places
+
+
+class _Writer:
+    """Batches of a domain's text, in files of a directory; the model is loaded for the first that is not there."""
+
+    def __init__(self, settings: Generated, tokenizer: PreTrainedTokenizerBase, directory: Path, domain: str) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._directory = directory
+        self._domain = domain
+        self._lm: PreTrainedModel | None = None
+
+    def batch(self, number: int) -> Path:
+        """The file of a batch, written now if it is not there."""
+        file = self._directory / f"{number:06d}.npz"
+        if not file.exists():
+            self._lm = self._lm or _load(str(self._settings.model))
+            _save(file, write(self._lm, self._tokenizer, self._settings, number, self._domain))
+        return file
+
+    def bar(self, *, shown: bool = True) -> "tqdm[Any]":
+        """The progress bar, in tokens."""
+        total, text = self._settings.tokens, f"Writing {self._domain}"
+        return tqdm(total=total, desc=text, unit=" tokens", unit_scale=True, disable=not shown)
 
 
 def write(
@@ -229,10 +244,6 @@ def _load(model: str) -> PreTrainedModel:
     if on_gpu:
         lm.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))  # type: ignore[arg-type]
     return lm
-
-
-def _batch_file(directory: Path, number: int) -> Path:
-    return directory / f"{number:06d}.npz"
 
 
 def _read(file: Path) -> list[NDArray[Any]]:

@@ -44,6 +44,7 @@ class Teacher:
         lm.requires_grad_(False).eval()  # type: ignore[no-untyped-call]
         self.lm = lm
         self.anatomy = anatomy_of(lm)
+        self._device: torch.device | None = None  # where `to` has moved it
         self._output: type[ModelOutput] = BaseModelOutputWithPast  # what the decoder gives
 
     @classmethod
@@ -60,7 +61,10 @@ class Teacher:
         return cls(copied)
 
     def to(self, device: torch.device) -> "Teacher":
-        """Move what is not partitioned to a device."""
+        """Move what is not partitioned to a device, unless it is there already."""
+        if device == self._device:
+            return self
+        self._device = device
         for tensor in (*self.lm.parameters(), *self.lm.buffers()):
             if not is_partitioned(tensor):
                 tensor.data = tensor.data.to(device)

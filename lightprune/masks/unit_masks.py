@@ -74,13 +74,18 @@ class UnitMasks:
         return lambda values: values * torch.where(removed, alpha, self._one).to(values.dtype)
 
 
-@contextmanager
-def masked(anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
-    """Let the uncut model compute, inside the context, exactly what the model cut by `plan` would."""
+def mask_out(anatomy: Anatomy, plan: PruningPlan) -> list[Handle]:
+    """Let the uncut model compute exactly what the model cut by `plan` would, until the handles are removed."""
     masks = UnitMasks(anatomy, plan)
     masks.alpha.zero_()
     masks.alpha_hidden.zero_()
-    handles: list[Handle] = [masks, *(Bypass(anatomy.layers[index], index) for index in plan.dropped_layers)]
+    return [masks, *(Bypass(anatomy.layers[index], index) for index in plan.dropped_layers)]
+
+
+@contextmanager
+def masked(anatomy: Anatomy, plan: PruningPlan) -> Iterator[None]:
+    """Let the uncut model compute, inside the context, exactly what the model cut by `plan` would."""
+    handles = mask_out(anatomy, plan)
     try:
         yield
     finally:

@@ -30,9 +30,9 @@ def check_attached(pipeline: PipelineView) -> None:
     deciding = [selector for cycle in ahead for selector in cycle.selectors]
     units = {structure for selector in deciding for structure in selector.structures} - {"layers"}
     module_checks.check_packed(anatomy, units)
-    for selector in deciding:
-        if selector.folds:
-            module_checks.check_packed_writers(anatomy, type(selector).__name__)
+    for part in pipeline.parts:
+        if part.folds and part.cycle in ahead:
+            module_checks.check_packed_writers(anatomy, type(part).__name__)
     module_checks.check_sliced(module, anatomy, doomed_layers(deciding, anatomy.num_layers), units)
     for shape in shapes[1:]:
         plan = PruningPlan.arriving_at(anatomy, shape)

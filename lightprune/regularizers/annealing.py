@@ -65,7 +65,7 @@ class GateAnnealing(Regularizer):
 
     @property
     def skips_layers(self) -> bool:
-        return any("layers" in selector.structures for cycle in self.cycles() for selector in cycle.selectors)
+        return self.removes_layers
 
     def watch(self, plan: PruningPlan) -> None:
         anatomy = self.pipeline.anatomy

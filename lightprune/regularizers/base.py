@@ -123,6 +123,11 @@ class Regularizer(PruningCallback):
         step = self.start if self.start is not None else cast(int, self.stop) - 1
         return [next((c for c in cycles if c.cut is None or step < c.cut.at), cycles[-1])]
 
+    @property
+    def removes_layers(self) -> bool:
+        """Whether layers go in any of these cycles."""
+        return any("layers" in selector.structures for cycle in self.cycles() for selector in cycle.selectors)
+
     def window(self, cycle: Cycle) -> tuple[int, int | None]:
         """The optimizer steps at which this begins and is complete, as the settings tell them."""
         start = cycle.selected_by if self.start is None else self.start

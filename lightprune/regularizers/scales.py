@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from lightprune.errors import ConfigError, check_number
-from lightprune.masks.gates import Bypass, change_output
+from lightprune.masks.gates import change_output
 from lightprune.masks.soft_masks import fold_writer
-from lightprune.masks.unit_masks import UnitMasks
+from lightprune.masks.unit_masks import mask_out
 from lightprune.pipeline import Status
-from lightprune.pipeline.module_checks import check_packed_writers
 from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.regularizers.base import Regularizer
@@ -54,7 +53,6 @@ class ScaleCalibration(Regularizer):
                 "ScaleCalibration calibrates what a cut leaves, and there is none: add a StructuredCut to "
                 "trainer.callbacks."
             )
-        check_packed_writers(self.pipeline.anatomy, type(self).__name__)
 
     @property
     def needs_backward(self) -> bool:
@@ -62,13 +60,10 @@ class ScaleCalibration(Regularizer):
 
     @property
     def skips_layers(self) -> bool:
-        return any("layers" in selector.structures for cycle in self.cycles() for selector in cycle.selectors)
+        return self.removes_layers
 
     def watch(self, plan: PruningPlan) -> None:
         anatomy = self.pipeline.anatomy
-        masks = UnitMasks(anatomy, plan)
-        masks.alpha.zero_()
-        masks.alpha_hidden.zero_()
         self._writers = [writer for writer in anatomy.writers() if writer.layer not in plan.dropped_layers]
         self._scales = torch.ones(len(self._writers), device=anatomy.lm.device, requires_grad=True)
         self._adam = adam_on(anatomy.lm.device, [self._scales], lr=self.lr)
@@ -76,8 +71,7 @@ class ScaleCalibration(Regularizer):
             self._scales.data.copy_(self._saved["scales"])
             self._adam.load_state_dict(self._saved["adam"])
             self._saved = None
-        self._handles += [Bypass(anatomy.layers[index], index) for index in plan.dropped_layers]
-        self._handles.append(masks)
+        self._handles += mask_out(anatomy, plan)
         self._handles += [change_output(w.module, self._scaled(place)) for place, w in enumerate(self._writers)]
 
     def _scaled(self, place: int) -> Callable[[Tensor], Tensor]:
@@ -87,11 +81,11 @@ class ScaleCalibration(Regularizer):
         _, end = self.window(self.pipeline.cycle)
         assert end is not None
         learning = self.pipeline.step < end
-        if learning and not self._holding:
-            self.pipeline.weights.hold()
-        elif self._holding and not learning:
+        if not learning:
             self._release()
-        self._holding = learning
+        elif not self._holding:
+            self._holding = True
+            self.pipeline.weights.hold()
         self._scales.requires_grad_(learning)
 
     def optimizer_step(self) -> None:
