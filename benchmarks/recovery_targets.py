@@ -1,13 +1,14 @@
 """What the recovery benchmark was meant to reach, and what it did: one entry a target."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from recovery_rows import BEST, ROWS, STEPS, Row, rows_of
 
 COMMAND = "python benchmarks/recovery.py table"
 Value = Callable[[str, str, str], "float | None"]  # of a cut, a row and a text: the excess, in nats a token
+Entry = tuple[str, float | None, float]  # a target's name, what was measured, and what was wanted at the most
 
 NOT_OURS = ("cut", "optipfair", "torch-pruning", "ReplaceMe", "SLEB's layers", "ShortGPT")
 
@@ -25,104 +26,113 @@ def best(value: Value, cut: str, rows: Iterable[Row], text: str = "mean") -> flo
     return min((found for row in rows if (found := value(cut, row.name, text)) is not None), default=None)
 
 
-def targets(value: Value, dense: float) -> list[dict[str, Any]]:
-    """One entry a target: what was measured, what was wanted, and by which command.
+class Measured:
+    """What the rows came to, and how they compare; None where a row is not run.
 
     Args:
-        value: gives medians over seeds; None where a row is not run.
+        value: gives medians over seeds.
         dense: the dense model's loss on WikiText-2.
     """
 
-    def of(cut: str, *names: str, text: str = "mean") -> float | None:
-        return best(value, cut, (row for row in ROWS if row.name in names), text)
+    def __init__(self, value: Value, dense: float) -> None:
+        self._value = value
+        self._dense = dense
 
-    def rival(cut: str, ends: str) -> float | None:
+    def of(self, cut: str, *names: str, text: str = "mean") -> float | None:
+        """The least excess of the rows with these names."""
+        return best(self._value, cut, (row for row in ROWS if row.name in names), text)
+
+    def ours(self, cut: str) -> float | None:
+        """The least of our trained rows."""
+        return best(self._value, cut, trained(cut, "", ours=True))
+
+    def rival(self, cut: str, ends: str) -> float | None:
+        """The least of the one-shot cuts, ours and the packages', that are finetuned, or distilled."""
         rows = (row for row in trained(cut, ends, ours=False) if not row.name.startswith("ReplaceMe"))
-        return best(value, cut, rows)
+        return best(self._value, cut, rows)
 
-    def ours(cut: str) -> float | None:
-        return best(value, cut, trained(cut, "", ours=True))
+    def perplexities(self, cut: str, ours: str, theirs: str, text: str) -> float | None:
+        """The ratio of two rows' perplexities on a text."""
+        left, right = self.of(cut, ours, text=text), self.of(cut, theirs, text=text)
+        return None if left is None or right is None else math.exp(left - right)
 
-    wikitext = "cut, refitted on WikiText-2"
-    entries: list[tuple[str, float | None, float]] = [
-        (
-            "distillation / finetuning, the same cut, depth",
-            ratio(of("depth", "cut, distilled", "cut, distilled (half)"), of("depth", "cut, finetuned")),
-            0.80,
-        ),
-        ("ours best / finetuning, depth", ratio(ours("depth"), rival("depth", "finetuned")), 0.70),
-        ("ours best / distillation, depth", ratio(ours("depth"), rival("depth", "distilled")), 0.90),
-        ("ours best / finetuning, MLP", ratio(ours("mlp"), rival("mlp", "finetuned")), 0.70),
-        ("ours best / distillation, MLP", ratio(ours("mlp"), rival("mlp", "distilled")), 0.90),
-        (
-            "ours best / finetuning, all structures",
-            ratio(ours("all structures"), rival("all structures", "finetuned")),
-            0.75,
-        ),
-        (
-            "no training, depth: refitted / finetuned, on own text",
-            ratio(of("depth", "cut, refitted", text="own"), of("depth", "cut, finetuned", text="own")),
-            0.85,
-        ),
-        (
-            "no training, depth, calibrated on WikiText-2: perplexity refitted / cut",
-            perplexities(value, "depth", wikitext, "cut", "wikitext"),
-            0.40,
-        ),
-        ("no training, MLP: refitted / cut", ratio(of("mlp", "cut, refitted"), of("mlp", "cut")), 0.70),
-        (
-            "no training, MLP: perplexity of own text, refitted / cut",
-            perplexities(value, "mlp", "cut, refitted", "cut", "own"),
-            0.70,
-        ),
-        (
-            "hidden 576 -> 432, no training: perplexity on WikiText-2",
-            None if (hidden := of("hidden", "cut, refitted", text="wikitext")) is None else math.exp(dense + hidden),
-            200,
-        ),
-        (
-            "refit and distillation / distillation alone, MLP",
-            ratio(of("mlp", "cut, refitted, distilled", BEST), of("mlp", "cut, distilled", "cut, distilled (half)")),
-            0.95,
-        ),
-        (
-            "refit and distillation / distillation alone, depth",
-            ratio(
-                of("depth", "cut, refitted, distilled", BEST), of("depth", "cut, distilled", "cut, distilled (half)")
+    def perplexity(self, cut: str, name: str) -> float | None:
+        """On WikiText-2."""
+        excess = self.of(cut, name, text="wikitext")
+        return None if excess is None else math.exp(self._dense + excess)
+
+    def against_rivals(self) -> Iterator[Entry]:
+        """Our best rows over those of one-shot cuts."""
+        for title, cut, ends, wanted in (
+            ("finetuning, depth", "depth", "finetuned", 0.70),
+            ("distillation, depth", "depth", "distilled", 0.90),
+            ("finetuning, MLP", "mlp", "finetuned", 0.70),
+            ("distillation, MLP", "mlp", "distilled", 0.90),
+            ("finetuning, all structures", "all structures", "finetuned", 0.75),
+        ):
+            yield f"ours best / {title}", ratio(self.ours(cut), self.rival(cut, ends)), wanted
+
+    def between_rows(self) -> Iterator[Entry]:
+        """Rows over other rows."""
+        taught, refitted = ("cut, distilled", "cut, distilled (half)"), ("cut, refitted, distilled", BEST)
+        gates = [row.name for row in ROWS if row.name.startswith("gates")]
+        for title, cut, text, ours, theirs, wanted in (
+            ("distillation / finetuning, the same cut, depth", "depth", "mean", taught, ["cut, finetuned"], 0.80),
+            (
+                "no training, depth: refitted / finetuned, on own text",
+                "depth",
+                "own",
+                ["cut, refitted"],
+                ["cut, finetuned"],
+                0.85,
             ),
-            0.90,
-        ),
-        (
-            "learned gates untrained / the better of ShortGPT and SLEB",
-            ratio(
-                best(value, "depth", (r for r in ROWS if r.name.startswith("gates"))),
-                of("depth", "cut", "SLEB's layers"),
+            ("no training, MLP: refitted / cut", "mlp", "mean", ["cut, refitted"], ["cut"], 0.70),
+            ("refit and distillation / distillation alone, MLP", "mlp", "mean", refitted, taught, 0.95),
+            ("refit and distillation / distillation alone, depth", "depth", "mean", refitted, taught, 0.90),
+            (
+                "learned gates untrained / the better of ShortGPT and SLEB",
+                "depth",
+                "mean",
+                gates,
+                ["cut", "SLEB's layers"],
+                0.90,
             ),
-            0.90,
-        ),
-        (
-            "48 steps of ours (49k tokens) / 128 of finetuning, depth",
-            ratio(of("depth", f"{BEST}, 48 steps"), of("depth", "cut, finetuned")),
-            1.0,
-        ),
-    ]
+            (
+                "48 steps of ours (49k tokens) / 128 of finetuning, depth",
+                "depth",
+                "mean",
+                [f"{BEST}, 48 steps"],
+                ["cut, finetuned"],
+                1.0,
+            ),
+        ):
+            yield title, ratio(self.of(cut, *ours, text=text), self.of(cut, *theirs, text=text)), wanted
+
+    def in_perplexity(self) -> Iterator[Entry]:
+        """Without training."""
+        on_wikitext = self.perplexities("depth", "cut, refitted on WikiText-2", "cut", "wikitext")
+        yield "no training, depth, calibrated on WikiText-2: perplexity refitted / cut", on_wikitext, 0.40
+        on_own = self.perplexities("mlp", "cut, refitted", "cut", "own")
+        yield "no training, MLP: perplexity of own text, refitted / cut", on_own, 0.70
+        hidden = self.perplexity("hidden", "cut, refitted")
+        yield "hidden 576 -> 432, no training: perplexity on WikiText-2", hidden, 200
+
+
+def targets(value: Value, dense: float) -> list[dict[str, Any]]:
+    """One entry a target: what was measured, what was wanted, and by which command; see `Measured`."""
+    measured = Measured(value, dense)
     return [
         {
             "name": name,
-            "measured": None if measured is None else round(measured, 3),
+            "measured": None if number is None else round(number, 3),
             "wanted": f"<= {wanted}",
             "command": COMMAND,
         }
-        for name, measured, wanted in entries
+        for entries in (measured.against_rivals(), measured.between_rows(), measured.in_perplexity())
+        for name, number, wanted in entries
     ]
 
 
 def ratio(ours: float | None, theirs: float | None) -> float | None:
     """None where one of them is not run."""
     return None if ours is None or theirs is None else ours / theirs
-
-
-def perplexities(value: Value, cut: str, ours: str, theirs: str, text: str) -> float | None:
-    """The ratio of two rows' perplexities on a text."""
-    left, right = value(cut, ours, text), value(cut, theirs, text)
-    return None if left is None or right is None else math.exp(left - right)

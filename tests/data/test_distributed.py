@@ -42,6 +42,21 @@ class Writer(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def two_ranks(**length: int) -> pl.Trainer:
+    """A trainer of two processes that writes and prints nothing."""
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_spawn",  # use_distributed_sampler stays at its default, True
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **length,
+    )
+
+
 def test_two_ranks_see_disjoint_shares_of_one_sequence(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("|".join(f"{i:04d}" for i in range(53)))
@@ -68,18 +83,7 @@ def test_two_ranks_see_disjoint_shares_of_one_sequence(tmp_path: Path) -> None:
     alone.setup("fit")
     held_out = [row for batch in alone.val_dataloader() for row in batch["input_ids"].tolist()]
     whole = [batch["input_ids"].tolist() for _, batch in zip(range(19), alone.train_dataloader(), strict=False)]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_spawn",  # use_distributed_sampler stays at its default, True
-        max_epochs=1,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Writer(tmp_path), datamodule=data(batch_size=2, cache=tmp_path / "cache"))
+    two_ranks(max_epochs=1).fit(Writer(tmp_path), datamodule=data(batch_size=2, cache=tmp_path / "cache"))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     together = [
         [row for pair in zip(*shares, strict=True) for row in pair]
@@ -142,18 +146,7 @@ def test_two_ranks_write_one_text_together(tmp_path: Path) -> None:
     alone = data("alone")
     alone.setup("fit")
     batches, expected = len(WROTE), [domain.train[0].tolist() for domain in alone._opened.values()]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp_spawn",
-        max_steps=1,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Reader(tmp_path), datamodule=data("together"))
+    two_ranks(max_steps=1).fit(Reader(tmp_path), datamodule=data("together"))
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["tokens"] for rank in ranks] == [expected, expected]
     # Rank 1 writes its own share alone; rank 0 also fills what is missing, if the other one is slow.
