@@ -163,6 +163,11 @@ def sleb(cut: str) -> list[Callback]:
     return [lp.GreedyPerplexitySelector(drop=8, stop=SELECT)]
 
 
+def by_ranges(cut: str) -> list[Callback]:
+    """The channels by optipfair's measure of weights, and the size of activations."""
+    return [lp.ActivationUnitSelector(channels=1024, weighted="ranges", stop=SELECT)]
+
+
 def rivals() -> tuple[Row, ...]:
     """What packages cut, with the best recovery that there is; and ReplaceMe's one map."""
     chosen = [("optipfair", "mlp"), ("torch-pruning", "mlp")]
@@ -206,7 +211,11 @@ ROWS = (
     Row("gates, by the teacher's divergence", partial(gates, teacher=True), steps=TRANSFER, cuts=DEPTH),
     Row("gates of ShortGPT's choice, values learned", scaled, steps=TRANSFER, cuts=DEPTH),
     Row("projected gates", projected, steps=TRANSFER, cuts=MLP),
+    Row("channels by ranges", one_shot(choose=by_ranges), steps=SELECT, cuts=MLP),
+    Row("channels by ranges, refitted", one_shot(True, choose=by_ranges), steps=SELECT, cuts=MLP),
+    Row("channels by ranges, refitted, distilled (half)", one_shot(True, 0.5, by_ranges), cuts=MLP, like=BEST),
     Row("SLEB's layers", one_shot(choose=sleb), steps=SELECT, cuts=DEPTH),
+    Row("SLEB's layers, refitted", one_shot(True, choose=sleb), steps=SELECT, cuts=DEPTH),
     Row("SLEB's layers, refitted, distilled (half)", one_shot(True, 0.5, sleb), cuts=DEPTH, like=BEST),
     Row("TRSP (penalty), distilled (half)", emptied(lambda: lp.DifferencePenalty(strength=0.1)), TAUGHT, cuts=DEPTH),
     Row(

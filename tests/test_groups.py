@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightprune.anatomy import Unit, anatomy_of
-from lightprune.importance.groups import Norm, coupled, unit_norms
+from lightprune.importance.groups import Norm, coupled, unit_norms, unit_ranges
 from lightprune.plan import PruningPlan
 from lightprune.surgery import resulting_parameters
 from tests.families import FAMILIES, tiny_lm
@@ -184,3 +184,18 @@ def test_large_weights_are_taken_slice_by_slice(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("lightprune.importance.groups._SLICE", 100)
     for unit, norms in whole.items():
         torch.testing.assert_close(unit_norms(anatomy, unit, None if unit == "hidden" else 0, "l2"), norms)
+
+
+@pytest.mark.parametrize(("name", "unit", "count", "slices"), [case for case in CASES if case[3] is not llama_group])
+def test_ranges_are_those_of_the_matrices(name: str, unit: Unit, count: int, slices: Slices) -> None:
+    lm = tiny_lm(name)
+    of_units = []
+    for index in range(count):
+        found = [part.detach() for part in slices(lm, index)]
+        matrices = [part for part in found if part.ndim == max(other.ndim for other in found)]
+        of_units.append([float(part.max()) - float(part.min()) for part in matrices])
+    expected = [
+        sum(r / max(column) for r, column in zip(one, zip(*of_units, strict=True), strict=True)) for one in of_units
+    ]
+    layer = None if unit == "hidden" else LAYER
+    torch.testing.assert_close(unit_ranges(anatomy_of(lm), unit, layer), torch.tensor(expected))

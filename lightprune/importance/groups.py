@@ -94,6 +94,24 @@ def norms_of(groups: Sequence[Coupled], norm: Norm) -> Tensor:
     return norms
 
 
+@torch.no_grad()
+def unit_ranges(anatomy: Anatomy, unit: Unit, layer: int | None) -> Tensor:
+    """How far a unit's weights reach [n] in layer `layer` (None, for "hidden": in the model), in float32.
+
+    In each matrix where the unit lies, the range of its weights (the greatest less the least) over that of the unit
+    with the widest range there; the sum over the matrices, so at most their number. Biases have no part in it. This
+    is `optipfair`'s measure of a channel, over its gate, up and down projections.
+    """
+    total: list[Tensor] = []
+    for group in coupled(anatomy, unit, layer):
+        if len(group.weight.axes) > 1:
+            weights = group.units(gathered(group.weight.parameter))
+            within = tuple(range(1, weights.ndim))
+            ranges = (weights.amax(within) - weights.amin(within)).float()
+            total.append(ranges / ranges.max().clamp(min=torch.finfo(ranges.dtype).tiny))
+    return torch.stack(total).sum(0)
+
+
 class _Sums(torch.autograd.Function):
     """Sum w^2 (or |w|) over each unit [n]: one pass over the weight forward, one backward, and no copy of it."""
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lightprune import ActivationUnitSelector, ConfigError, MagnitudeUnitSelector, TaylorUnitSelector
 from lightprune.anatomy import Unit, anatomy_of
-from lightprune.importance.groups import unit_norms
+from lightprune.importance.groups import unit_norms, unit_ranges
 from lightprune.selectors.width.units import UnitSelector
 from tests.families import FAMILIES, NUM_LAYERS, left_padded, tiny_lm
 from tests.training import Batch, Plain, Spy, assert_equal, batches, fit, weights
@@ -170,6 +170,23 @@ def test_activations_of_hidden_dimensions(name: str, metric: Any) -> None:
         of_norms.append([activation_score(values[:, [d]], columns[:, [d]], metric) for d in range(32)])
     scores = fitted(lm, ActivationUnitSelector(**KEEP, metric=metric, weighted=weighted), data)
     torch.testing.assert_close(scores["hidden"], torch.tensor(of_norms).double().mean(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activations_weighed_by_ranges(name: str) -> None:
+    lm, data = tiny_lm(name), padded(2)
+    plain = fitted(lm, ActivationUnitSelector(**KEEP), data)
+    weighed = fitted(lm, ActivationUnitSelector(**KEEP, weighted="ranges"), data)
+    for unit in UNITS:
+        layers = [None] if unit == "hidden" else range(NUM_LAYERS)
+        ranges = torch.stack([unit_ranges(anatomy_of(lm), unit, layer) for layer in layers])
+        torch.testing.assert_close(weighed[unit], plain[unit] * ranges.reshape(plain[unit].shape))
+
+
+def test_no_other_weight_than_those_there_are() -> None:
+    selector = ActivationUnitSelector(channels=20, weighted="norms")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="weighted is 'norms': it must be one of ranges, true or false"):
+        fit(Plain(tiny_lm("llama_tied")), [selector], batches(1), max_steps=1)
 
 
 @pytest.mark.parametrize("accumulate", ["squared", "absolute"])

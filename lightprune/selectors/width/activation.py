@@ -11,11 +11,13 @@ from lightprune.anatomy import Unit
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Axis
 from lightprune.anatomy.base import Site
 from lightprune.errors import check_choice
+from lightprune.importance.groups import unit_ranges
 from lightprune.importance.ranking import Metric, activation_scores, add_moments, magnitudes
 from lightprune.integrations.zero_params import gathered
 from lightprune.selectors.width.calibration import CalibratedUnitSelector, accumulator
 
 Use = Callable[[Tensor], None]
+Weighted = bool | Literal["ranges"]
 
 _READ: dict[Unit, Axis] = {"heads": HEADS, "channels": CHANNELS, "hidden": HIDDEN}
 
@@ -31,19 +33,23 @@ class ActivationUnitSelector(CalibratedUnitSelector):
     Args:
         metric: "mean", the mean magnitude over tokens (Minitron, arXiv 2407.14679); "l2", the root of its mean square;
             or "fluctuation", the variance over tokens (FLAP, arXiv 2312.11983): what is constant could be a bias.
-        weighted: weigh activations, as FLAP does, by the norms of the columns that read them: those of the projection
-            that follows, for hidden dimensions those of all projections that read them.
+        weighted: weigh activations by the weights around them. True: by the norms of the columns that read them, as
+            FLAP does: those of the projection that follows, for hidden dimensions those of all that read them.
+            "ranges": by how far all the weights reach that go with the unit, see `unit_ranges` in
+            `lightprune.importance.groups`.
         settings: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `start`, `stop`.
     """
 
-    def __init__(self, *, metric: Metric = "l2", weighted: bool = False, **settings: Any) -> None:
+    def __init__(self, *, metric: Metric = "l2", weighted: Weighted = False, **settings: Any) -> None:
         super().__init__(**settings)
         self.metric: Metric = metric
-        self.weighted = weighted
+        self.weighted: Weighted = weighted
 
     def check_settings(self) -> None:
         super().check_settings()
         check_choice(self, "metric", self.metric, get_args(Metric))
+        if not isinstance(self.weighted, bool):
+            check_choice(self, "weighted", self.weighted, ("ranges",), ", true or false")
 
     def attach(self, unit: Unit) -> Tensor:
         shape, sites = self.pipeline.anatomy.shape, self._sites(unit)
@@ -69,8 +75,10 @@ class ActivationUnitSelector(CalibratedUnitSelector):
         return use
 
     def score(self, unit: Unit, sums: Tensor) -> Tensor:
-        norms = self._column_norms(unit) if self.weighted else None
+        norms = self._column_norms(unit) if self.weighted is True else None
         scores = activation_scores(sums, self.metric, self._rows(unit), norms)
+        if self.weighted == "ranges":
+            scores = scores * self._ranges(unit).to(scores.device)
         return scores.mean(0) if unit == "hidden" else scores
 
     @property
@@ -97,6 +105,13 @@ class ActivationUnitSelector(CalibratedUnitSelector):
         """The l2 norms of the columns that read each of the units' rows: [L, m], for hidden dimensions [d]."""
         norms = torch.stack([column_norms(site, _READ[unit]) for site in self._readers(unit)])
         return cast(Tensor, torch.linalg.vector_norm(norms, dim=0)) if unit == "hidden" else norms
+
+    def _ranges(self, unit: Unit) -> Tensor:
+        """How far the weights reach that go with a unit: [L, n], for hidden dimensions [d]."""
+        anatomy = self.pipeline.anatomy
+        if unit == "hidden":
+            return unit_ranges(anatomy, unit, None)
+        return torch.stack([unit_ranges(anatomy, unit, layer) for layer in range(anatomy.shape.layers)])
 
 
 def column_norms(site: Site, axis: Axis) -> Tensor:

@@ -12,7 +12,7 @@ from lightprune.importance.ranking import highest_heads_mask, highest_mask
 from lightprune.masks.gates import change_input, remove_all
 from lightprune.pipeline import Status
 from lightprune.plan import PruningPlan
-from lightprune.selectors.width.activation import ActivationUnitSelector
+from lightprune.selectors.width.activation import ActivationUnitSelector, Weighted
 from lightprune.strategies import adam_on
 
 BETAS = (0.9, 0.99)
@@ -39,7 +39,7 @@ class ProjectedGateSelector(ActivationUnitSelector):
 
     alters = True
 
-    def __init__(self, *, score_steps: int = 8, lr: float = 0.02, weighted: bool = True, **settings: Any) -> None:
+    def __init__(self, *, score_steps: int = 8, lr: float = 0.02, weighted: Weighted = True, **settings: Any) -> None:
         super().__init__(weighted=weighted, **settings)
         self.score_steps = score_steps
         self.lr = lr
