@@ -16,12 +16,15 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightprune import ConfigError
+from lightprune.anatomy import anatomy_of
 from lightprune.callbacks.progress import PruningProgressBar
 from lightprune.callbacks.random_state import RandomState
 from lightprune.callbacks.run_report import RunReport
 from lightprune.cli import default_callbacks, main
+from lightprune.costs import Workload, costs_of
 from lightprune.data import DomainCounts
 from lightprune.errors import ExportError
+from lightprune.plan import PruningPlan
 from tests.training import byte_tokenizer
 
 LAYERS, DROP, CUT, STEPS = 4, 2, 2, 4
@@ -219,6 +222,27 @@ def test_plan_of_layers_known_beforehand(configs: list[str], inputs: Path, capsy
     assert "num_hidden_layers" in out
     assert "Layers that go: " in out
     assert not Path("run").exists()
+
+
+def test_plan_tells_the_costs(configs: list[str], inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All that is printed comes from the document, and the document is that of `costs_of`."""
+    arguments = ["--prompt=32", "--context=64", "--batch_size=2", "--dtype=bfloat16", "--output=plan.json"]
+    assert main(["plan", *configs, *arguments]) == 0
+    document = json.loads(Path("plan.json").read_text())
+    assert document["workload"] == {"prompt": 32, "context": 64, "batch": 2, "dtype": "bfloat16"}
+    anatomy = anatomy_of(AutoModelForCausalLM.from_pretrained(inputs / "model"))
+    kept = [index for index in range(anatomy.num_layers) if index not in document["layers"]]
+    work = Workload(prompt=32, context=64, batch=2, dtype=torch.bfloat16)
+    plans = {"before": PruningPlan.of(anatomy), "after": PruningPlan.of(anatomy, layers=kept)}
+    costs = {when: costs_of(anatomy, plan, work) for when, plan in plans.items()}
+    assert document["costs"] == {when: of_model.as_dict() for when, of_model in costs.items()}
+    assert document["speedup"]["prefill"] == costs["before"].prefill / costs["after"].prefill
+    assert document["elsewhere"] == []
+    out = capsys.readouterr().out
+    assert f"{document['speedup']['decode']:.2f}" in out
+    assert "KV cache of 2 x 64 tokens" in out
+    assert main(["plan", *configs, "--context=0"]) == 2
+    assert "plan.context is 0" in capsys.readouterr().err
 
 
 def test_plan_of_layers_to_be_learned(configs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("anatomy", "data"),
     ("plan", "module"),
     ("importance", "surgery"),
-    ("masks", "strategies"),
+    ("masks", "strategies", "costs"),
     ("pipeline",),
     ("selectors", "regularizers", "cut", "recovery", "compensation", "distillation", "callbacks"),
     ("reweighting", "export"),

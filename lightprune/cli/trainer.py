@@ -4,8 +4,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
+from lightprune.errors import check_number
 from lightprune.integrations.command_line import PrecisionInput
 
+ServedDtype = Literal["float32", "bfloat16", "float16"]
 PrecisionSetting = Literal["auto"] | PrecisionInput | None
 
 
@@ -21,11 +23,35 @@ class PruningTrainer(pl.Trainer):
     def __init__(self, *args: Any, precision: PrecisionSetting = None, **kwargs: Any) -> None:
         super().__init__(*args, precision=precision, **kwargs)  # type: ignore[arg-type]
 
-    def plan(self, model: pl.LightningModule, datamodule: pl.LightningDataModule | None = None) -> None:
-        """Print what a config would cut, when, and the shape that results; trains nothing."""
-        from lightprune.cli.verbs import print_plan
+    def plan(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        output: str | None = None,
+        prompt: int = 512,
+        context: int = 2048,
+        batch_size: int = 1,
+        dtype: ServedDtype | None = None,
+    ) -> None:
+        """Print what a config would cut, when, the shape that results, and what it costs; trains nothing.
 
-        print_plan(self, model)
+        Args:
+            model: the module that would be trained.
+            datamodule: not used.
+            output: a JSON file for all that is printed.
+            prompt: tokens of a prompt, for the FLOPs of reading it.
+            context: tokens before one that is generated, for the KV cache.
+            batch_size: sequences beside each other.
+            dtype: of weights and KV cache where the model serves; null takes that of the model.
+        """
+        from lightprune.cli.verbs import print_plan
+        from lightprune.costs import Workload
+        from lightprune.hub import torch_dtype
+
+        for key, value in (("prompt", prompt), ("context", context), ("batch_size", batch_size)):
+            check_number("plan", key, value, whole=True, least=1)
+        work = Workload(prompt, context, batch_size, None if dtype is None else torch_dtype(dtype))
+        print_plan(self, model, work, output)
 
     def export(
         self,

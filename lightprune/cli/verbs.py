@@ -10,7 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 from rich.console import Console
 
-from lightprune.cli.forecast import forecast
+from lightprune.cli.forecast import forecast, shown
+from lightprune.costs import Workload
 from lightprune.data import TextDataModule
 from lightprune.errors import ConfigError
 from lightprune.export import (
@@ -32,10 +33,13 @@ from lightprune.plan import PruningPlan
 _SHOWN, _WIDTH = 3, 100  # documents of each domain that `generate` shows, and characters of each
 
 
-def print_plan(trainer: pl.Trainer, model: pl.LightningModule) -> None:
-    """Print what a config would cut, when, and the shape that results."""
+def print_plan(trainer: pl.Trainer, model: pl.LightningModule, work: Workload, output: str | None) -> None:
+    """Print what a config would cut, when, and what that costs: see `PruningTrainer.plan`."""
     with _pipeline(trainer, model, stage="fit") as pipeline:
-        Console().print(forecast(pipeline))
+        document = forecast(pipeline, work)
+    Console().print(shown(document))
+    if output is not None:
+        Path(output).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def export(

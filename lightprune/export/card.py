@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lightprune.anatomy import UNITS, Structure
 from lightprune.callbacks.run_report import versions
+from lightprune.costs import obstacles
 from lightprune.plan import PruningPlan
 from lightprune.surgery.stock_class import auto_class
 
@@ -56,6 +57,7 @@ def model_card(lm: PreTrainedModel, plan: PruningPlan | None, card: Card, notes:
         *notes,
         *_size_section(lm, plan, card.get("parameters", {})),
         *(_selection_section(plan) if plan is not None else []),
+        *_elsewhere_section(lm, plan),
         *(["## Training", _table(("", ""), card["data"].items())] if card.get("data") else []),
         *_metrics_section(card.get("metrics", {})),
         "## Versions",
@@ -91,6 +93,12 @@ def _selection_section(plan: PruningPlan) -> list[str]:
         f"{_removed(plan)} `pruning_plan.json` holds the plan and how it came about, scores included.",
         *(_table(("selection", ""), settings) for settings in map(_settings, _selections(plan.provenance)) if settings),
     ]
+
+
+def _elsewhere_section(lm: PreTrainedModel, plan: PruningPlan | None) -> list[str]:
+    """What the shape loses in other tools; nothing where it loses nothing."""
+    found = [] if plan is None else obstacles(lm.config.get_text_config(), plan.source, plan.shape)
+    return ["## In other tools", *found] if found else []
 
 
 def _removed(plan: PruningPlan) -> str:
