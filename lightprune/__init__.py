@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what `__getattr__` brings, for type checkers and editors
         RandomSelector,
         RandomUnitSelector,
         Selector,
+        Target,
         TaylorUnitSelector,
         UnitSelector,
     )
@@ -87,6 +88,7 @@ __all__ = [
     "ScaleCalibration",
     "Selector",
     "StructuredCut",
+    "Target",
     "TaylorUnitSelector",
     "UnitSelector",
     "anatomy_of",
@@ -121,7 +123,7 @@ _HOMES = {
         "selectors": (
             "ActivationUnitSelector BlockInfluenceSelector GreedyPerplexitySelector HardConcreteSelector "
             "LayerGateSelector LayerSelector MagnitudeUnitSelector PlanFromFile ProjectedGateSelector RandomSelector "
-            "RandomUnitSelector Selector TaylorUnitSelector UnitSelector"
+            "RandomUnitSelector Selector Target TaylorUnitSelector UnitSelector"
         ),
     }.items()
     for name in names.split()

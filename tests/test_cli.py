@@ -245,6 +245,20 @@ def test_plan_tells_the_costs(configs: list[str], inputs: Path, capsys: pytest.C
     assert "plan.context is 0" in capsys.readouterr().err
 
 
+def test_plan_of_a_target(configs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    target = {
+        "class_path": "lightprune.RandomUnitSelector",
+        "init_args": {"target": {"parameters": 0.9}, "multiple_of": 1},
+    }
+    cut = {"class_path": "lightprune.StructuredCut", "init_args": {"at": 3}}
+    Path("method2.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [target, cut]}}))
+    assert main(["plan", *configs, "--config", "method2.yaml", "--output=plan.json"]) == 0
+    costs = json.loads(Path("plan.json").read_text())["costs"]
+    assert 0.85 < costs["after"]["parameters"] / costs["before"]["parameters"] <= 0.9
+    assert main(["plan", *configs, "--config", "method2.yaml", "--callback.RandomUnitSelector.target.flops=0.5"]) == 2
+    assert "target sets parameters, flops: set exactly one" in capsys.readouterr().err
+
+
 def test_plan_of_layers_to_be_learned(configs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     selector = {"class_path": "lightprune.BlockInfluenceSelector", "init_args": {"drop": 1, "stop": 2}}
     cut = {"class_path": "lightprune.StructuredCut", "init_args": {"at": 3}}

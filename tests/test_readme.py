@@ -18,7 +18,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
 # Modules whose names users may write beside those of `lightprune` itself.
-PUBLIC_MODULES = ("anatomy", "data", "errors", "strategies", "testing")
+PUBLIC_MODULES = ("anatomy", "costs", "data", "errors", "strategies", "testing")
 # What a block of YAML is composed with.
 USUAL = ("configs/methods/trsp.yaml", "configs/models/smollm2-135m.yaml", "configs/data/builtin.yaml")
 

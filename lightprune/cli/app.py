@@ -54,6 +54,7 @@ _OTHERS = {
     "PruningPlan",
     "Regularizer",
     "Selector",
+    "Target",
     "UnitSelector",
     "anatomy_of",
     "export_hf",

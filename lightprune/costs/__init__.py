@@ -1,6 +1,6 @@
 """What a model costs, before it is cut: parameters, bytes and FLOPs by formula, and what its shape loses elsewhere."""
 
-from lightprune.costs.costs import Costs, Workload, costs_of
+from lightprune.costs.costs import Costs, Workload, costs_at_most, costs_of
 from lightprune.costs.elsewhere import obstacles
 
-__all__ = ["Costs", "Workload", "costs_of", "obstacles"]
+__all__ = ["Costs", "Workload", "costs_at_most", "costs_of", "obstacles"]

@@ -1,6 +1,6 @@
 """Parameters, bytes and floating-point operations of the model that a plan arrives at, by formula."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from lightprune.anatomy import Anatomy
-from lightprune.integrations.zero_params import whole_shape
+from lightprune.anatomy import Anatomy, Shape
+from lightprune.integrations.zero_params import parameter_count, whole_shape
 from lightprune.plan import PruningPlan
 from lightprune.surgery import resulting_shapes
 
@@ -102,6 +102,15 @@ def costs_of(anatomy: Anatomy, plan: PruningPlan, work: Workload | None = None) 
         decode=work.batch * (2 * matrices + 2 * head + per_key * seen_in_step),
         decode_bytes=read * width + work.batch * per_layer * kept,
     )
+
+
+def costs_at_most(anatomy: Anatomy, shape: Shape, work: Workload | None = None) -> Costs:
+    """What a model of this shape costs at the most, whichever of its layers stay: large ones, without a window."""
+    plan = PruningPlan.arriving_at(anatomy, shape)
+    windows = _windows(anatomy.config, plan.source.layers)
+    sizes = [parameter_count(layer) for layer in anatomy.layers]
+    dearest = sorted(range(len(sizes)), key=lambda index: (-sizes[index], windows[index] is not None))
+    return costs_of(anatomy, replace(plan, kept_layers=tuple(sorted(dearest[: shape.layers]))), work)
 
 
 def _split(anatomy: Anatomy, sizes: dict[str, torch.Size]) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from lightprune.selectors.depth.layer_gates import LayerGateSelector
 from lightprune.selectors.depth.random import RandomSelector
 from lightprune.selectors.from_file import PlanFromFile
 from lightprune.selectors.hard_concrete.selector import HardConcreteSelector
+from lightprune.selectors.target import Target
 from lightprune.selectors.width.activation import ActivationUnitSelector
 from lightprune.selectors.width.magnitude import MagnitudeUnitSelector
 from lightprune.selectors.width.projected_gates import ProjectedGateSelector
@@ -27,6 +28,7 @@ __all__ = [
     "RandomSelector",
     "RandomUnitSelector",
     "Selector",
+    "Target",
     "TaylorUnitSelector",
     "UnitSelector",
 ]

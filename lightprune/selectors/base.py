@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,9 +13,11 @@ from lightprune.anatomy import Shape, Structure
 from lightprune.errors import ConfigError, check_number
 from lightprune.masks.gates import Handle, remove_all
 from lightprune.pipeline import DecidingPart, PruningCallback, Status
+from lightprune.pipeline.part import smaller
 from lightprune.pipeline.schedule import expected_shapes
 from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
+from lightprune.selectors.target import Target
 
 
 class Selector(PruningCallback, DecidingPart):
@@ -59,6 +61,24 @@ class Selector(PruningCallback, DecidingPart):
         if any(cycle.done for cycle in self.pipeline.cycles):
             return None
         return expected_shapes(self.pipeline.cycles, self.pipeline.anatomy)[self.cycle.index]
+
+    def left_by_others(self, source: Shape) -> Shape:
+        """What the other selectors of this cut leave of a model of shape `source`, where this one has a target.
+
+        Raises:
+            ConfigError: another one has a target too.
+        """
+        shape = source
+        for other in self.cycle.selectors:
+            if other is self:
+                continue
+            if getattr(other, "budget", None) is not None:
+                raise ConfigError(
+                    f"{type(self).__name__}.target and {type(other).__name__}.target are set for one cut: the whole "
+                    "model is to come out within a target, so set it on one of them, and counts on the other."
+                )
+            shape = smaller(shape, other.target(source))
+        return shape
 
     def check_settings(self) -> None:
         check_number(self, "start", self.start, whole=True, least=0)
@@ -143,21 +163,31 @@ class LayerSelector(Selector):
     """Decides which layers go.
 
     Args:
-        drop: how many layers go.
+        drop: how many layers go; None where `target` says it.
         start: the optimizer step at which the window opens.
         stop: the optimizer step at which it closes and the plan is made.
         protect_first: how many of the first layers may not go.
         protect_last: how many of the last layers may not go.
         hold_weights: let the module's weights stand still in the window.
+        target: what the model must come out within; as few layers go as that needs.
     """
 
     structures = frozenset[Structure]({"layers"})
 
     def __init__(
-        self, drop: int, start: Steps, stop: Steps, protect_first: int, protect_last: int, hold_weights: bool
+        self,
+        drop: int | None,
+        start: Steps,
+        stop: Steps,
+        protect_first: int,
+        protect_last: int,
+        hold_weights: bool,
+        target: Target | None = None,
     ) -> None:
         super().__init__(start, stop, hold_weights)
-        self.drop = drop
+        self.drop = cast(int, drop)  # with a target, None until the model is known; without one, None is refused
+        self.budget = target
+        self._given = drop
         self.protect_first = protect_first
         self.protect_last = protect_last
 
@@ -176,7 +206,11 @@ class LayerSelector(Selector):
 
     def check_settings(self) -> None:
         super().check_settings()
-        check_number(self, "drop", self.drop, whole=True)
+        if self.budget is None:
+            check_number(self, "drop", self.drop, whole=True)
+        elif self._given is not None:
+            name = type(self).__name__
+            raise ConfigError(f"{name}.drop and {name}.target are both set: leave one of them out.")
         check_number(self, "protect_first", self.protect_first, whole=True, least=0)
         check_number(self, "protect_last", self.protect_last, whole=True, least=0)
 
@@ -184,16 +218,31 @@ class LayerSelector(Selector):
         name, layers = type(self).__name__, source.layers
         available = max(layers - self.protect_first - self.protect_last, 0)
         most = min(available, layers - 1)
+        if self.budget is not None:
+            self.drop = self._needed(self.budget, source)
         there = f"{name}.drop is {self.drop}: the model has {layers} layers, {layers - available} of them protected"
         if most == 0:
             instead = "protect fewer layers" if layers > 1 else f"leave {name} out of trainer.callbacks"
             raise ConfigError(f"{there}, so none can go; {instead}.")
         if not 1 <= self.drop <= most:
+            if self.budget is not None:
+                raise ConfigError(
+                    f"{name}.target asks for {self.drop} layers to go: the model has {layers}, and {most} may go; "
+                    f"raise the target{', or protect fewer layers' if available < layers else ''}."
+                )
             raise ConfigError(
                 f"{there}, so `drop` must be from 1 to {most}; change it"
                 f"{', or protect fewer layers' if available < layers else ''}."
             )
         return replace(source, layers=layers - self.drop)
+
+    def _needed(self, target: Target, source: Shape) -> int:
+        """How many layers must go for the model to be within a target."""
+        name, others = type(self).__name__, self.left_by_others(source)
+        drop = source.layers - target.shape(name, self.pipeline.anatomy, source, others, "layers", 1).layers
+        if drop == 0:
+            raise ConfigError(f"{name}.target keeps all layers: the model is within it already; lower it.")
+        return drop
 
     def choose(self) -> PruningPlan:
         dropped, seen = self.choose_layers()

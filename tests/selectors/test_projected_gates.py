@@ -149,7 +149,7 @@ def test_resumed_in_the_window_it_chooses_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"hidden": 16}, r"hidden is 16: it has gates for"),
+        ({"hidden": 16}, r"is to cut hidden dimensions: it has gates for"),
         ({"channels": 20, "stop": 8}, r"stop is 8, and its gates begin to learn at step 8"),
         ({"channels": 20, "lr": 0.0}, r"ProjectedGateSelector\.lr"),
         ({"channels": 20, "score_steps": 0}, r"ProjectedGateSelector\.score_steps"),

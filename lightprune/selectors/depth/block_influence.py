@@ -11,6 +11,7 @@ from lightprune.masks.forward_passes import TokenMask, on_output
 from lightprune.pipeline import Status
 from lightprune.pipeline.steps import Steps
 from lightprune.selectors.base import LayerSelector, lowest
+from lightprune.selectors.target import Target
 
 
 class BlockInfluenceSelector(LayerSelector):
@@ -19,19 +20,26 @@ class BlockInfluenceSelector(LayerSelector):
     Scored once, over all batches of the window (ShortGPT, equation 1; a baseline here).
 
     Args:
-        drop: how many layers go.
+        drop: how many layers go; None where `target` says it.
         start: the optimizer step at which the window opens.
         stop: the optimizer step at which it closes.
         protect_first: how many of the first layers may not go.
         protect_last: how many of the last layers may not go.
+        target: what the model must come out within, see `lightprune.Target`; as few layers go as that needs.
     """
 
     hooks_layers = True
 
     def __init__(
-        self, drop: int, start: Steps = 0, stop: Steps = 16, protect_first: int = 0, protect_last: int = 0
+        self,
+        drop: int | None = None,
+        start: Steps = 0,
+        stop: Steps = 16,
+        protect_first: int = 0,
+        protect_last: int = 0,
+        target: Target | None = None,
     ) -> None:
-        super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True)
+        super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True, target=target)
         # Of each layer: the sum of its tokens' influences, and how many tokens these are. Empty until the window opens.
         self._sums = torch.empty(2, 0)
         self._passes = 0

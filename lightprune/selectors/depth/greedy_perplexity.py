@@ -18,6 +18,7 @@ from lightprune.metrics import IGNORE_INDEX, token_losses
 from lightprune.pipeline import Status
 from lightprune.pipeline.steps import Steps
 from lightprune.selectors.base import LayerSelector
+from lightprune.selectors.target import Target
 
 
 class GreedyPerplexitySelector(LayerSelector):
@@ -29,17 +30,24 @@ class GreedyPerplexitySelector(LayerSelector):
     current model, so that a trial runs only the layers behind it: half of the work of running whole passes.
 
     Args:
-        drop: how many layers go.
+        drop: how many layers go; None where `target` says it.
         start: the optimizer step at which the window opens.
         stop: the optimizer step at which it closes and the search runs.
         protect_first: how many of the first layers may not go.
         protect_last: how many of the last layers may not go.
+        target: what the model must come out within, see `lightprune.Target`; as few layers go as that needs.
     """
 
     def __init__(
-        self, drop: int, start: Steps = 0, stop: Steps = 4, protect_first: int = 0, protect_last: int = 0
+        self,
+        drop: int | None = None,
+        start: Steps = 0,
+        stop: Steps = 4,
+        protect_first: int = 0,
+        protect_last: int = 0,
+        target: Target | None = None,
     ) -> None:
-        super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True)
+        super().__init__(drop, start, stop, protect_first, protect_last, hold_weights=True, target=target)
         self._batches: list[dict[str, Tensor]] = []
         self._labels: Tensor | None = None  # of the pass of the LM that has just begun
 

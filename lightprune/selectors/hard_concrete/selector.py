@@ -20,8 +20,8 @@ from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.selectors.base import Selector
 from lightprune.selectors.counts import Counts, Keep, serving_advice
-from lightprune.selectors.hard_concrete.budget import shape_of_budget
 from lightprune.selectors.hard_concrete.mask_set import MaskSet
+from lightprune.selectors.hard_concrete.parameters import shape_of_budget
 from lightprune.strategies import adam_on
 from lightprune.surgery import expected_parameters, parameters_in_shape
 
@@ -63,7 +63,7 @@ class HardConcreteSelector(Selector):
         channels: MLP channels a layer that stay.
         hidden: hidden dimensions that stay.
         parameters: in place of counts, how many parameters the model may have at most, or a ratio in (0, 1) of what it
-            has. See `lightprune.selectors.hard_concrete.budget`.
+            has. See `lightprune.selectors.budget`.
         structures: what shrinks to meet `parameters`; None is all that the model's family can be pruned in.
         multiple_of: channels and hidden dimensions are rounded to the nearest multiple of this, unless they are counts.
         start: the optimizer step at which the window opens.

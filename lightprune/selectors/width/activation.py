@@ -37,7 +37,8 @@ class ActivationUnitSelector(CalibratedUnitSelector):
             FLAP does: those of the projection that follows, for hidden dimensions those of all that read them.
             "ranges": by how far all the weights reach that go with the unit, see `unit_ranges` in
             `lightprune.importance.groups`.
-        settings: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `start`, `stop`.
+        settings: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `target`, `start`,
+            `stop`.
     """
 
     def __init__(self, *, metric: Metric = "l2", weighted: Weighted = False, **settings: Any) -> None:

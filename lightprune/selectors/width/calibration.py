@@ -25,7 +25,7 @@ class CalibratedUnitSelector(UnitSelector):
     Args:
         start: the optimizer step at which the window opens.
         stop: the optimizer step at which it closes.
-        counts: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`.
+        counts: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `target`.
     """
 
     def __init__(self, *, start: Steps = 0, stop: Steps = 16, **counts: Any) -> None:
@@ -63,7 +63,7 @@ class CalibratedUnitSelector(UnitSelector):
             self._mask.watch(decoder),
             decoder.register_forward_hook(end, always_call=True),
         ]
-        for unit in self.counts.units:
+        for unit in self.units:
             nothing = self.attach(unit)
             self._sums[unit] = self._sums.get(unit, nothing).to(nothing.device)
 

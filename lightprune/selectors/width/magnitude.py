@@ -21,7 +21,7 @@ class MagnitudeUnitSelector(UnitSelector):
     Args:
         norm: "l2", the root of the mean of the squared weights, or "l1", the mean of their absolute values.
         start: the optimizer step at which the plan is made.
-        counts: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`.
+        counts: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `target`.
     """
 
     needs_batches = False
@@ -37,7 +37,7 @@ class MagnitudeUnitSelector(UnitSelector):
     @torch.no_grad()
     def scores(self) -> Mapping[Unit, Tensor]:
         anatomy = self.pipeline.anatomy
-        units: set[Unit] = {*self.counts.units}
+        units: set[Unit] = {*self.units}
         if "heads" in units:
             units.add("kv_groups")
 

@@ -55,9 +55,9 @@ class ProjectedGateSelector(ActivationUnitSelector):
         super().check_settings()
         check_number(self, "score_steps", self.score_steps, whole=True, least=1)
         check_number(self, "lr", self.lr, above=0)
-        if self.counts.hidden is not None:
+        if "hidden" in self.units:
             raise ConfigError(
-                f"ProjectedGateSelector.hidden is {self.counts.hidden}: it has gates for `heads`, `kv_groups` and "
+                "ProjectedGateSelector is to cut hidden dimensions: it has gates for `heads`, `kv_groups` and "
                 "`channels` alone. Leave it out, and add an ActivationUnitSelector with `hidden`."
             )
         if self.start + self.score_steps >= self.stop:

@@ -19,7 +19,7 @@ class RandomUnitSelector(UnitSelector):
     Args:
         seed: of a random generator of its own.
         start: the optimizer step at which the plan is made.
-        counts: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`.
+        counts: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `target`.
     """
 
     needs_batches = False

@@ -29,7 +29,8 @@ class TaylorUnitSelector(CalibratedUnitSelector):
 
     Args:
         accumulate: the mean over batches of the "squared" or of the "absolute" gradients.
-        settings: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `start`, `stop`.
+        settings: those of `UnitSelector`: `heads`, `kv_groups`, `channels`, `hidden`, `multiple_of`, `target`, `start`,
+            `stop`.
     """
 
     def __init__(self, *, accumulate: Accumulate = "squared", **settings: Any) -> None:

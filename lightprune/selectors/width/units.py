@@ -2,18 +2,21 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightprune.anatomy import Shape, Structure, Unit
+from lightprune.errors import ConfigError, check_number
 from lightprune.importance.ranking import highest, highest_heads, of_groups, rounded, spread
 from lightprune.pipeline import Status
 from lightprune.pipeline.steps import Steps
 from lightprune.plan import PruningPlan
 from lightprune.selectors.base import Selector
 from lightprune.selectors.counts import Counts, Keep, serving_advice
+from lightprune.selectors.target import Target
 
 
 class UnitSelector(Selector):
@@ -35,6 +38,7 @@ class UnitSelector(Selector):
         channels: MLP channels a layer.
         hidden: hidden dimensions.
         multiple_of: ratios of channels and hidden dimensions are rounded to the nearest multiple of this.
+        target: in place of counts, what the model must come out within.
     """
 
     def __init__(
@@ -48,13 +52,15 @@ class UnitSelector(Selector):
         channels: Keep = None,
         hidden: Keep = None,
         multiple_of: int = 64,
+        target: Target | None = None,
     ) -> None:
         super().__init__(start, stop, hold_weights)
+        self.budget = target
         self.counts = Counts(type(self).__name__, heads, kv_groups, channels, hidden, multiple_of)
 
     @abstractmethod
     def scores(self) -> Mapping[Unit, Tensor]:
-        """The scores of every unit of each structure of `counts.units`, the higher the better: [L, n], hidden [d].
+        """The scores of every unit of each structure of `units`, the higher the better: [L, n], hidden [d].
 
         Key-value groups may be given scores of their own, "kv_groups" [L, G].
         """
@@ -65,12 +71,28 @@ class UnitSelector(Selector):
         return {}
 
     @property
+    def units(self) -> tuple[Unit, ...]:
+        """The structures whose units are scored; key-value groups follow from their heads."""
+        return self.counts.units if self.budget is None else self.budget.units()
+
+    @property
     def structures(self) -> frozenset[Structure]:
-        units = self.counts.units
+        units = self.units
         return frozenset({*units, "kv_groups"} if "heads" in units else units)
 
     def target(self, source: Shape) -> Shape:
-        return self.counts.of(source)
+        if self.budget is None:
+            return self.counts.of(source)
+        name = type(self).__name__
+        if self.counts.units:
+            raise ConfigError(
+                f"{name}.target is set, and counts beside it: leave out either `target`, or `heads`, `kv_groups`, "
+                "`channels` and `hidden`."
+            )
+        check_number(self, "multiple_of", self.counts.multiple_of, whole=True, least=1)
+        others, multiple = self.left_by_others(source), self.counts.multiple_of
+        shape = self.budget.shape(name, self.pipeline.anatomy, source, others, "channels", multiple)
+        return replace(shape, layers=source.layers)
 
     def check(self) -> None:
         super().check()

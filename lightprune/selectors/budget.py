@@ -1,59 +1,22 @@
-"""A parameter budget as an exact shape: all structures shrink by a common ratio, as far as is needed."""
+"""A budget as an exact shape: all structures shrink by a common ratio, as far as is needed."""
 
-from bisect import bisect_left
-from collections.abc import Collection, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import astuple, replace
 
 from lightprune.anatomy import STRUCTURES, Anatomy, Shape, Structure
-from lightprune.errors import ConfigError, is_whole
+from lightprune.errors import ConfigError
 from lightprune.plan import PruningPlan
-from lightprune.surgery import parameters_in_shape
 from lightprune.surgery.stock_class import check_expressible
 
-
-def shape_of_budget(
-    anatomy: Anatomy,
-    source: Shape,
-    parameters: int | float,
-    structures: Sequence[Structure] | None,
-    multiple_of: int,
-) -> Shape:
-    """The shape that a selector's `parameters`, a count or a ratio of the model's, comes to; see `shape_within`.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    possible = [s for s in STRUCTURES if s in {*anatomy.family.structures, "kv_groups"}]
-    sharing = possible if structures is None else list(structures)
-    unknown = [structure for structure in sharing if structure not in possible]
-    if unknown or not sharing:
-        raise ConfigError(
-            f"HardConcreteSelector.structures is {sharing}: {anatomy.model_type} can shrink in {', '.join(possible)}; "
-            "choose at least one of these."
-        )
-    there = parameters_in_shape(anatomy, source)
-    is_ratio = isinstance(parameters, float)
-    is_number = is_ratio or is_whole(parameters)
-    if not is_number or not 0 < parameters < (1 if is_ratio else there):
-        raise ConfigError(
-            f"HardConcreteSelector.parameters is {parameters!r}: it must be a whole number below the model's "
-            f"{there:,}, or a ratio between 0 and 1."
-        )
-    budget = int(parameters * there) if is_ratio else int(parameters)
-    shape = shape_within(anatomy, source, budget, sharing, multiple_of)
-    if shape is None:
-        least = smallest(anatomy, source, sharing, multiple_of)
-        raise ConfigError(
-            f"HardConcreteSelector.parameters is {parameters}: {', '.join(sharing)} can shrink to {least:,} parameters "
-            "at the least; raise `parameters`, add to `structures`, or lower `multiple_of`."
-        )
-    return shape
+Cost = Callable[[Shape], int]
+"""What a model of a shape costs; no more than one of whose counts none is smaller."""
 
 
 def shape_within(
-    anatomy: Anatomy, source: Shape, parameters: int, structures: Collection[Structure], multiple_of: int
+    anatomy: Anatomy, source: Shape, budget: int, cost: Cost, structures: Collection[Structure], multiple_of: int
 ) -> Shape | None:
-    """The largest shape of at most `parameters` parameters in which `structures` keep about the same ratio of `source`.
+    """The largest shape that costs at most `budget` and in which `structures` keep about the same ratio of `source`.
 
     Channels and hidden dimensions are rounded to `multiple_of`. Where the model's class ties hidden dimensions to its
     heads, they follow the heads.
@@ -61,7 +24,8 @@ def shape_within(
     Args:
         anatomy: of a model with at least the counts of `source`.
         source: the counts to shrink.
-        parameters: the budget.
+        budget: what it may cost.
+        cost: what a shape costs.
         structures: what may shrink; query heads go with their key-value groups if "kv_groups" is among them.
         multiple_of: see above.
 
@@ -69,13 +33,28 @@ def shape_within(
         The shape; None if even the smallest one is too large, or the model's class cannot have any of them.
     """
     shapes = _descending(anatomy, source, structures, multiple_of)
-    first = bisect_left(shapes, -parameters, key=lambda shape: -parameters_in_shape(anatomy, shape))
+    first = bisect_left(shapes, -budget, key=lambda shape: -cost(shape))
     return next((shape for shape in shapes[first:] if _is_expressible(anatomy, shape)), None)
 
 
-def smallest(anatomy: Anatomy, source: Shape, structures: Collection[Structure], multiple_of: int) -> int:
-    """The parameters of the smallest shape that `shape_within` considers."""
-    return parameters_in_shape(anatomy, _descending(anatomy, source, structures, multiple_of)[-1])
+def widened(shape: Shape, most: Shape, budget: int, cost: Cost, multiple_of: int) -> Shape:
+    """The shape with as many MLP channels more, by `multiple_of`, as the budget has room for, up to those of `most`."""
+    steps = range((most.channels - shape.channels) // multiple_of + 1)
+
+    def wider(step: int) -> Shape:
+        return replace(shape, channels=shape.channels + step * multiple_of)
+
+    return wider(bisect_right(steps, budget, key=lambda step: cost(wider(step))) - 1)
+
+
+def smallest(anatomy: Anatomy, source: Shape, structures: Collection[Structure], multiple_of: int) -> Shape:
+    """The smallest shape that `shape_within` considers."""
+    return _descending(anatomy, source, structures, multiple_of)[-1]
+
+
+def shrinkable(anatomy: Anatomy) -> list[Structure]:
+    """The structures in which a model can shrink."""
+    return [structure for structure in STRUCTURES if structure in {*anatomy.family.structures, "kv_groups"}]
 
 
 def _descending(anatomy: Anatomy, source: Shape, structures: Collection[Structure], multiple_of: int) -> list[Shape]:
