@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("masks", "strategies", "costs"),
     ("pipeline",),
     ("selectors", "regularizers", "cut", "recovery", "compensation", "distillation", "callbacks"),
-    ("reweighting", "export"),
+    ("reweighting", "export", "benchmark"),
     ("__init__",),  # the public names, imported when they are asked for
     ("cli", "testing"),
     ("__main__",),

@@ -19,6 +19,9 @@ VERBS = {
     "generate": "let the model write the text that a run is to train on",
 }
 
+# Commands that take no config.
+_ALONE = ("benchmark", "configs")
+
 HELP = f"""\
 usage: lightprune COMMAND [--config FILE ...] [--KEY VALUE ...]
 
@@ -26,6 +29,7 @@ Make a Hugging Face causal language model smaller while it trains.
 
 commands:
 {chr(10).join(f"  {verb:<32}{does}" for verb, does in VERBS.items())}
+  benchmark MODEL ...             measure models side by side: first token, tokens a second, against their sizes
   configs                         list, print or copy the configs that come with lightprune
 
 options:
@@ -54,6 +58,8 @@ def answer(arguments: Sequence[str]) -> str | None:
         return f"lightprune {__version__}\n"
     if first == "configs":
         return shipped.answer(arguments[1:])
+    if first == "benchmark":
+        return None
     if not first.startswith("-"):
         _check_verbs(arguments)
     for file in config_files(arguments):
@@ -79,11 +85,11 @@ def suggestion(name: str, known: Sequence[str]) -> str:
 
 
 def _check_verbs(arguments: Sequence[str]) -> None:
-    names = ", ".join((*VERBS, "configs"))
+    names = ", ".join((*VERBS, *_ALONE))
     if not arguments:
         raise ConfigError(f"lightprune needs a command: one of {names} (see lightprune --help).")
     if arguments[0] not in VERBS:
-        near = suggestion(arguments[0], (*VERBS, "configs"))
+        near = suggestion(arguments[0], (*VERBS, *_ALONE))
         raise ConfigError(f"{arguments[0]!r} is not a command of lightprune{near}: it must be one of {names}.")
     if len(arguments) > 1 and arguments[1] in VERBS:
         raise ConfigError(

@@ -36,6 +36,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    if arguments[0] == "benchmark":
+        from lightprune.cli.benchmark import run_benchmark
+
+        run_benchmark(arguments[1:])
+        return
     first = "lightprune.cli.app" not in sys.modules
     with no_collection():
         from lightprune.cli.app import LightpruneCLI  # imports torch and Lightning

@@ -85,7 +85,7 @@ def _rows(document: Document) -> Iterator[tuple[str, str, str]]:
         (f"a token after {work['context']}", "decode", "FLOP"),
         ("read for such a token", "decode_bytes", "B"),
     ):
-        yield name, _scaled(before[key], unit), _scaled(after[key], unit)
+        yield name, scaled(before[key], unit), scaled(after[key], unit)
     yield "speed-up of a prompt, at best", "", f"{document['speedup']['prefill']:.2f}"
     yield "speed-up of a token, at best", "", f"{document['speedup']['decode']:.2f}"
     for name, values in document["config"].items():
@@ -141,7 +141,7 @@ def _steps(windows: Sequence[tuple[int, int | None]]) -> tuple[str, str]:
     return ", ".join(str(start) for start, _ in windows), ", ".join(stops)
 
 
-def _scaled(number: int, unit: str) -> str:
+def scaled(number: int, unit: str) -> str:
     """A number with three digits and a prefix of the SI."""
     value, prefixes = float(number), iter(("", "k", "M", "G", "T", "P"))
     prefix = next(prefixes)
