@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,6 +32,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 PACKAGE_SCHEME = "pkg://"
+
+# Families with layers of two kinds, by a period that readers of GGUF files assume; and how many layers models have.
+_GGUF_LAYERS = {"gemma2": (26, 42, 46), "gemma3_text": (18, 26, 34, 48, 62), "smollm3": (36,)}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _KINDS = "a Hub id, a local directory, a .gguf file, or pkg://<package>/<file>"
 
@@ -138,6 +142,8 @@ def load_causal_lm(
             f"The weights at {str(uri)!r} do not fit the model that their config describes: "
             f"{', '.join(problems)}; name complete weights in `model`."
         )
+    if "gguf_file" in arguments:
+        check_gguf_layers(uri, lm.config.get_text_config())
     _forget_gguf(lm)
     return lm
 
@@ -176,6 +182,22 @@ def _source(uri: str | Path) -> dict[str, Any]:
     if found.suffix != ".gguf":
         raise ConfigError(f"{str(uri)!r} is a file, but not a .gguf file: name {_KINDS}.")
     return {"pretrained_model_name_or_path": str(found.parent), "gguf_file": found.name}
+
+
+def check_gguf_layers(uri: str | Path, config: PretrainedConfig) -> None:
+    """Refuse a GGUF file whose layers may be of other kinds than is assumed of their family.
+
+    Raises:
+        ConfigError: the family has layers of two kinds, which the format does not tell apart, and as many layers as no
+            released model has, so some were probably cut.
+    """
+    released = _GGUF_LAYERS.get(config.model_type)
+    if released is not None and config.num_hidden_layers not in released:
+        raise ConfigError(
+            f"{str(uri)!r} holds {config.num_hidden_layers} layers, and released {config.model_type} models have "
+            f"{' or '.join(map(str, released))}: a GGUF file does not say which layers are of which kind, so a cut "
+            "model would compute something else. Name its Hugging Face directory instead."
+        )
 
 
 def _forget_gguf(lm: PreTrainedModel) -> None:

