@@ -127,7 +127,7 @@ def test_in_a_config(
     [
         (
             [],
-            "a command: one of fit, validate, test, plan, export, generate, configs (see lightprune --help).",
+            "a command: one of fit, validate, test, plan, export, generate, benchmark, configs (see lightprune",
         ),
         (["fitt"], "'fitt' is not a command of lightprune (did you mean 'fit'?)"),
         (["fit", "plan"], "lightprune runs one command at a time: give 'fit' or 'plan', not both."),

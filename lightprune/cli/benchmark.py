@@ -28,7 +28,7 @@ def run_benchmark(arguments: Sequence[str]) -> None:
         ConfigError: an argument is not possible, or a model cannot be loaded.
     """
     try:
-        given = _parser().parse_args(list(arguments))
+        given = parser().parse_args(list(arguments))
     except ArgumentError as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"{reason}: see lightprune benchmark --help.") from error
@@ -80,23 +80,22 @@ def _reached(run: Document, key: str) -> str:
     return f"{run['speedup'][key]:.2f} ({run['reached'][key]:.0%} of {run['ideal'][key]:.2f})"
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="lightprune benchmark", description=DESCRIPTION, exit_on_error=False)
-    parser.add_argument(
+def parser() -> ArgumentParser:
+    """The arguments of the verb."""
+    made = ArgumentParser(prog="lightprune benchmark", description=DESCRIPTION, exit_on_error=False)
+    made.add_argument(
         "models", nargs="+", type=str, help="what is measured; the first is what others are compared with"
     )
-    parser.add_argument("--prompts", nargs="+", type=int, default=[128, 512], help="tokens of a prompt")
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1], help="sequences beside each other")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens generated after a prompt")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; every model has its turn in each")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
-    parser.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of weights")
-    parser.add_argument(
-        "--device", type=str, default="auto", help="cpu, cuda, cuda:1, ...; auto is CUDA if it is there"
-    )
-    parser.add_argument("--threads", type=int | None, default=None, help="of the CPU; null for PyTorch's choice")
-    parser.add_argument("--output", type=str | None, default=None, help="a JSON file for all numbers")
-    return parser
+    made.add_argument("--prompts", nargs="+", type=int, default=[128, 512], help="tokens of a prompt")
+    made.add_argument("--batch_sizes", nargs="+", type=int, default=[1], help="sequences beside each other")
+    made.add_argument("--tokens", type=int, default=32, help="tokens generated after a prompt")
+    made.add_argument("--repeats", type=int, default=5, help="rounds; every model has its turn in each")
+    made.add_argument("--warmup", type=int, default=1, help="rounds before them")
+    made.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of weights")
+    made.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, ...; auto is CUDA if it is there")
+    made.add_argument("--threads", type=int | None, default=None, help="of the CPU; null for PyTorch's choice")
+    made.add_argument("--output", type=str | None, default=None, help="a JSON file for all numbers")
+    return made
 
 
 def _check(models: Sequence[str], sweep: Sweep, threads: int | None) -> None:

@@ -206,10 +206,12 @@ class LayerSelector(Selector):
 
     def check_settings(self) -> None:
         super().check_settings()
+        name = type(self).__name__
+        if self._given is None and self.budget is None:
+            raise ConfigError(f"{name}.drop is None: set how many layers go, or `target`.")
         if self.budget is None:
             check_number(self, "drop", self.drop, whole=True)
         elif self._given is not None:
-            name = type(self).__name__
             raise ConfigError(f"{name}.drop and {name}.target are both set: leave one of them out.")
         check_number(self, "protect_first", self.protect_first, whole=True, least=0)
         check_number(self, "protect_last", self.protect_last, whole=True, least=0)
