@@ -290,8 +290,8 @@ CHOICES: list[tuple[Make, str, str]] = [
 NAN, INFINITY = float("nan"), float("inf")
 A_STEP = "a whole number of optimizer steps, or a share of the run from 0% to 100%, such as 75%"
 NUMBERS: list[tuple[Make, str, tuple[Any, ...], str]] = [
-    (RandomSelector, "drop", (True, "1", 1.5), "a whole number"),
-    (LayerGateSelector, "drop", (True, "1", 1.5), "a whole number"),
+    (RandomSelector, "drop", (True, "1", 1.5, None), "a whole number"),
+    (LayerGateSelector, "drop", (True, "1", 1.5, None), "a whole number"),
     (partial(RandomSelector, drop=1), "start", (0.5, None), "a whole number, at least 0"),
     (partial(RandomSelector, drop=1), "seed", (0.5, "x"), "a whole number"),
     (partial(RandomSelector, drop=1), "protect_first", (True, "1"), "a whole number, at least 0"),

@@ -163,7 +163,10 @@ def test_an_argument_that_the_config_leaves_out(capsys: pytest.CaptureFixture[st
     found = printed(capsys, "fit", *FILES, more, "--callback.BlockInfluenceSelector.drop=1")
     assert settings(found, "BlockInfluenceSelector")["drop"] == 1
     assert main(["fit", *FILES, more]) == 2
-    assert "BlockInfluenceSelector.drop is None: set how many layers go, or `target`." in capsys.readouterr().err
+    assert (
+        "BlockInfluenceSelector.drop is None: it must be a whole number, or `target` a budget."
+        in capsys.readouterr().err
+    )
 
 
 def test_no_callback_is_guessed() -> None:

@@ -48,7 +48,7 @@ def benchmark(
             {
                 "name": name,
                 **_sizes(costs[name, sweep.batches[0], sweep.prompts[0]]),
-                "peak": _peak(models[name], times[name]),
+                "peak": max((one.peak for rounds in times[name].values() for one in rounds), default=0) or None,
                 "runs": [
                     {
                         "batch": batch,
@@ -68,14 +68,11 @@ def benchmark(
     }
 
 
-class _Times(dict[tuple[int, int], list[Taken]]):
-    """Of one model: what each round took, by batch and prompt; and the most memory that a device held meanwhile."""
-
-    peak = 0
+Times = dict[tuple[int, int], list[Taken]]  # of one model: its rounds, by batch and prompt
 
 
-def _times(models: Mapping[str, PreTrainedModel], sweep: Sweep, progress: Progress) -> dict[str, _Times]:
-    times = {name: _Times() for name in models}
+def _times(models: Mapping[str, PreTrainedModel], sweep: Sweep, progress: Progress) -> dict[str, Times]:
+    times: dict[str, Times] = {name: {setting: [] for setting in sweep.settings()} for name in models}
     rounds = sweep.warmup + sweep.repeats
     turns, done = len(models) * rounds * len(list(sweep.settings())), 0
     for batch, prompt in sweep.settings():
@@ -85,13 +82,9 @@ def _times(models: Mapping[str, PreTrainedModel], sweep: Sweep, progress: Progre
             for name in list(models)[:: 1 if number % 2 == 0 else -1]:
                 lm = models[name]
                 ids = torch.randint(lm.config.get_text_config().vocab_size, (batch, prompt), generator=generator)
-                if lm.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(lm.device)
                 one = taken(lm, ids.to(lm.device), sweep.tokens)
-                if lm.device.type == "cuda":
-                    times[name].peak = max(times[name].peak, torch.cuda.max_memory_allocated(lm.device))
                 if number >= sweep.warmup:
-                    times[name].setdefault((batch, prompt), []).append(one)
+                    times[name][batch, prompt].append(one)
                 done += 1
                 progress(done, turns)
     return times
@@ -106,21 +99,13 @@ def _sizes(costs: Costs) -> dict[str, int]:
     return {"parameters": costs.parameters, "weights": costs.weights, "cache_per_token": costs.cache_per_token}
 
 
-def _peak(lm: PreTrainedModel, times: _Times) -> int | None:
-    """Bytes that the device held at most in this model's turns, but for the other models' weights."""
-    return times.peak if lm.device.type == "cuda" else None
-
-
 def _compared(ours: Sequence[Taken], base: Sequence[Taken], costs: Costs, base_costs: Costs) -> Document:
     mine = {"first": [one.first for one in ours], "token": [one.token for one in ours]}
     theirs = {"first": [one.first for one in base], "token": [one.token for one in base]}
-    ideal = {
-        "first": base_costs.prefill / costs.prefill,
-        "token": base_costs.decode_bytes / costs.decode_bytes,
-    }
+    ideal = dict(zip(mine, base_costs.slower_than(costs), strict=True))
     # Of the same round: what slows a machine down for seconds slows both down.
     speedup = {
-        key: statistics.median(b / m for b, m in zip(theirs[key], mine[key], strict=True)) for key in ("first", "token")
+        key: statistics.median(b / m for b, m in zip(theirs[key], values, strict=True)) for key, values in mine.items()
     }
     return {
         **{key: _spread(values) for key, values in mine.items()},

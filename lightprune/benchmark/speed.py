@@ -37,27 +37,34 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds.
+    """What a turn took.
 
     Attributes:
-        first: from the prompt [B, T] to the logits of the next token.
-        token: of each token after the first.
+        first: seconds from the prompt [B, T] to the logits of the next token.
+        token: seconds of each token after the first.
+        peak: bytes that a CUDA device held at most, but for what is not this model's; 0 elsewhere.
     """
 
     first: float
     token: float
+    peak: int
 
 
 @torch.inference_mode()
 def taken(lm: PreTrainedModel, prompt: Tensor, tokens: int) -> Taken:
     """Read a prompt [B, T] and generate greedily, with a cache that grows; the clock waits for the device."""
-    cache = DynamicCache(config=lm.config)
+    cache, others = DynamicCache(config=lm.config), 0
+    if lm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(lm.device)
+        others = torch.cuda.memory_allocated(lm.device) - sum(weight.nbytes for weight in lm.parameters())
     begin = _now(lm.device)
     chosen = _step(lm, prompt, cache)
     first = _now(lm.device)
     for _ in range(tokens):
         chosen = _step(lm, chosen, cache)
-    return Taken(first - begin, (_now(lm.device) - first) / tokens)
+    end = _now(lm.device)
+    peak = torch.cuda.max_memory_allocated(lm.device) - others if lm.device.type == "cuda" else 0
+    return Taken(first - begin, (end - first) / tokens, peak)
 
 
 def _step(lm: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Tensor:

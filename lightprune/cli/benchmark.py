@@ -4,7 +4,6 @@ import json
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from lightprune.benchmark import Document, Sweep, benchmark
 from lightprune.cli.forecast import scaled
+from lightprune.cli.trainer import ServedDtype
 from lightprune.errors import ConfigError, check_number
 from lightprune.hub import load_causal_lm
 
@@ -91,7 +91,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--tokens", type=int, default=32, help="tokens generated after a prompt")
     made.add_argument("--repeats", type=int, default=5, help="rounds; every model has its turn in each")
     made.add_argument("--warmup", type=int, default=1, help="rounds before them")
-    made.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"], default="float32", help="of weights")
+    made.add_argument("--dtype", type=ServedDtype, default="float32", help="of weights")
     made.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:1, ...; auto is CUDA if it is there")
     made.add_argument("--threads", type=int | None, default=None, help="of the CPU; null for PyTorch's choice")
     made.add_argument("--output", type=str | None, default=None, help="a JSON file for all numbers")

@@ -1,6 +1,6 @@
 """What a run would cut, and what that would cost: one document of plain values, and that document for a terminal."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from lightprune.anatomy import Anatomy
-from lightprune.costs import Costs, Workload, costs_of, obstacles
+from lightprune.costs import Workload, costs_of, obstacles
 from lightprune.integrations.lightning import callbacks_of
 from lightprune.pipeline import DecidingPart, Pipeline
 from lightprune.pipeline.schedule import expected_shapes
@@ -37,7 +37,8 @@ def forecast(pipeline: Pipeline, work: Workload | None = None) -> Document:
     anatomy = pipeline.anatomy
     source, *shapes = expected_shapes(pipeline.cycles, anatomy)
     whole, plan = PruningPlan.of(anatomy), PruningPlan.arriving_at(anatomy, shapes[-1])
-    known = [foreseen for selector in pipeline.selectors if (foreseen := _foreseen(selector)) is not None]
+    foreseen = [(selector, _foreseen(selector)) for selector in pipeline.selectors]
+    known = next((layers for _, layers in foreseen if layers is not None), None)
     before, after = costs_of(anatomy, whole, work), costs_of(anatomy, plan, work)
     old, new = anatomy.lm.config.to_dict(), plan.config(anatomy).to_dict()
     return {
@@ -46,11 +47,11 @@ def forecast(pipeline: Pipeline, work: Workload | None = None) -> Document:
         "shape": {"before": asdict(source), "after": asdict(shapes[-1])},
         "config": {name: {"before": old.get(name), "after": new[name]} for name in new if new[name] != old.get(name)},
         "costs": {"before": before.as_dict(), "after": after.as_dict()},
-        "speedup": _speedup(before, after),
-        "layers": list(known[0].dropped_layers) if known else None,
-        "decisions": list(_decisions(pipeline.selectors)),
+        "speedup": dict(zip(("prefill", "decode"), before.slower_than(after), strict=True)),
+        "layers": None if known is None else list(known.dropped_layers),
+        "decisions": [_decision(selector, layers) for selector, layers in foreseen],
         "timeline": list(_timeline(pipeline)),
-        "elsewhere": _elsewhere(anatomy, known[0] if known else None, plan),
+        "elsewhere": _elsewhere(anatomy, known, plan),
     }
 
 
@@ -92,32 +93,22 @@ def _rows(document: Document) -> Iterator[tuple[str, str, str]]:
         yield f"config.{name}", _brief(values["before"]), _brief(values["after"])
 
 
-def _speedup(before: Costs, after: Costs) -> Mapping[str, float]:
-    """The most that can be expected: a prompt is bound by arithmetic, a generated token by what it reads."""
-    return {"prefill": before.prefill / after.prefill, "decode": before.decode_bytes / after.decode_bytes}
-
-
 def _foreseen(selector: DecidingPart) -> PruningPlan | None:
     """The layers that a selector will take away, where that is known before training."""
     return selector.foresee() if selector.cycle.index == 0 and "layers" in selector.structures else None
 
 
 def _elsewhere(anatomy: Anatomy, layers: PruningPlan | None, plan: PruningPlan) -> list[str]:
-    if layers is None and plan.dropped_layers:  # which go is not known: their kinds say nothing
-        whole = PruningPlan.of(anatomy).config(anatomy).get_text_config()
-        return obstacles(whole, plan.source, plan.shape)
-    of_layers = plan if layers is None else layers
-    return obstacles(of_layers.config(anatomy).get_text_config(), plan.source, plan.shape)
+    # As long as it is not known which layers go, their kinds say nothing.
+    config = anatomy.config if layers is None else layers.config(anatomy).get_text_config()
+    return obstacles(config, plan.source, plan.shape)
 
 
-def _decisions(selectors: Sequence[DecidingPart]) -> Iterator[str]:
-    for selector in selectors:
-        foreseen = _foreseen(selector)
-        if foreseen is None:
-            structures = ", ".join(sorted(selector.structures))
-            yield f"{type(selector).__name__} decides about {structures} at step {selector.stop}."
-        else:
-            yield f"Layers that go: {', '.join(map(str, foreseen.dropped_layers))}."
+def _decision(selector: DecidingPart, layers: PruningPlan | None) -> str:
+    if layers is None:
+        structures = ", ".join(sorted(selector.structures))
+        return f"{type(selector).__name__} decides about {structures} at step {selector.stop}."
+    return f"Layers that go: {', '.join(map(str, layers.dropped_layers))}."
 
 
 def _timeline(pipeline: Pipeline) -> Iterator[dict[str, str]]:

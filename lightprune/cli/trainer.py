@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from lightprune.errors import check_number
 from lightprune.integrations.command_line import PrecisionInput
 
 ServedDtype = Literal["float32", "bfloat16", "float16"]
@@ -46,12 +45,8 @@ class PruningTrainer(pl.Trainer):
         """
         from lightprune.cli.verbs import print_plan
         from lightprune.costs import Workload
-        from lightprune.hub import torch_dtype
 
-        for key, value in (("prompt", prompt), ("context", context), ("batch_size", batch_size)):
-            check_number("plan", key, value, whole=True, least=1)
-        work = Workload(prompt, context, batch_size, None if dtype is None else torch_dtype(dtype))
-        print_plan(self, model, work, output)
+        print_plan(self, model, Workload.of("plan", prompt, context, batch_size, dtype), output)
 
     def export(
         self,

@@ -1,7 +1,6 @@
 """Parameters, bytes and floating-point operations of the model that a plan arrives at, by formula."""
 
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -9,6 +8,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lightprune.anatomy import Anatomy, Shape
+from lightprune.errors import check_number
+from lightprune.hub import torch_dtype
 from lightprune.integrations.zero_params import parameter_count, whole_shape
 from lightprune.plan import PruningPlan
 from lightprune.surgery import resulting_shapes
@@ -29,6 +30,24 @@ class Workload:
     context: int = 2048
     batch: int = 1
     dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, owner: str, prompt: int, context: int, batch_size: int, dtype: str | None) -> "Workload":
+        """A user's settings, checked.
+
+        Args:
+            owner: whose settings they are, for what errors say.
+            prompt: see above, as the others.
+            context: likewise.
+            batch_size: `batch`.
+            dtype: its name.
+
+        Raises:
+            ConfigError: one of them cannot be.
+        """
+        for key, value in (("prompt", prompt), ("context", context), ("batch_size", batch_size)):
+            check_number(owner, key, value, whole=True, least=1)
+        return cls(prompt, context, batch_size, None if dtype is None else torch_dtype(dtype))
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,13 @@ class Costs:
         """Plain JSON values."""
         return {**asdict(self), "memory": self.memory}
 
+    def slower_than(self, other: "Costs") -> tuple[float, float]:
+        """How many times as long this should take, for a prompt and for a token: the best that a cut can gain.
+
+        A prompt is bound by arithmetic, a generated token by what it reads.
+        """
+        return self.prefill / other.prefill, self.decode_bytes / other.decode_bytes
+
 
 def costs_of(anatomy: Anatomy, plan: PruningPlan, work: Workload | None = None) -> Costs:
     """What the model that `plan` arrives at will cost; a plan that removes nothing says it of the model as it is.
@@ -81,7 +107,7 @@ def costs_of(anatomy: Anatomy, plan: PruningPlan, work: Workload | None = None) 
     sizes = resulting_shapes(anatomy, plan)
     width = (work.dtype or anatomy.lm.dtype).itemsize
     parameters = sum(size.numel() for size in sizes.values())
-    head = prod(_head_sizes(anatomy, plan))
+    head = _head_size(anatomy, plan)
     embeddings, experts, dense = _split(anatomy, sizes)
     active = _active_experts(config)
     matrices = dense + round(experts * active)
@@ -91,16 +117,17 @@ def costs_of(anatomy: Anatomy, plan: PruningPlan, work: Workload | None = None) 
     seen_in_step = sum(min(work.context + 1, window or work.context + 1) for window in windows)
     kept = sum(min(work.context, window or work.context) for window in windows)
     per_layer = 2 * shape.kv_groups * shape.head_dim * width
+    cache = work.batch * per_layer * kept
     # A step reads an expert that any of its tokens is sent to.
     read = parameters - embeddings - round(experts * (1 - active) ** work.batch)
     return Costs(
         parameters=parameters,
         weights=parameters * width,
         cache_per_token=per_layer * shape.layers,
-        cache=work.batch * per_layer * kept,
+        cache=cache,
         prefill=work.batch * (2 * matrices * work.prompt + 2 * head + per_key * seen_in_prompt),
         decode=work.batch * (2 * matrices + 2 * head + per_key * seen_in_step),
-        decode_bytes=read * width + work.batch * per_layer * kept,
+        decode_bytes=read * width + cache,
     )
 
 
@@ -136,9 +163,10 @@ def _split(anatomy: Anatomy, sizes: dict[str, torch.Size]) -> tuple[int, int, in
     return embeddings, experts, dense
 
 
-def _head_sizes(anatomy: Anatomy, plan: PruningPlan) -> tuple[int, int]:
+def _head_size(anatomy: Anatomy, plan: PruningPlan) -> int:
+    """Weights of the head; in a family with a projection in front of it, hidden dimensions do not change it."""
     vocabulary, inputs = whole_shape(anatomy.head.weight)  # type: ignore[arg-type]
-    return vocabulary, plan.shape.hidden if inputs == plan.source.hidden else inputs
+    return vocabulary * (plan.shape.hidden if inputs == plan.source.hidden else inputs)
 
 
 def _active_experts(config: PretrainedConfig) -> float:

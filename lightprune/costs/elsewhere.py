@@ -1,7 +1,7 @@
 """What a shape loses elsewhere: tools that read an exported directory and would refuse it, or compute something else.
 
 Found by running each tool on exports of this package on a CPU (llama.cpp by llama-cpp-python 0.3.36, optimum-onnx 0.1,
-CTranslate2 4.8, torchao int4), but for vLLM and tensor parallelism, whose rules were read in the code.
+CTranslate2 4.8, torchao int4), but for vLLM, whose rules were read in the code.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +12,8 @@ from lightprune.anatomy import Shape
 
 _BLOCK = 32  # weights that share a scale in GGUF's and torchao's formats
 
-# Whose kinds of layers llama.cpp and transformers' reader of GGUF files do not read but assume: 1 for the kind that
-# comes less often.
+# Whose kinds of layers llama.cpp and transformers' reader of GGUF files do not read but assume: the
+# period, and which layers are of the kind that comes once in it.
 _PERIODS: Mapping[str, tuple[int, Callable[[PretrainedConfig], list[bool]]]] = {
     "gemma2": (2, lambda config: [kind == "full_attention" for kind in config.layer_types]),
     "gemma3_text": (6, lambda config: [kind == "full_attention" for kind in config.layer_types]),
@@ -23,7 +23,7 @@ _PERIODS: Mapping[str, tuple[int, Callable[[PretrainedConfig], list[bool]]]] = {
 _HEADS_FILL: Mapping[str, tuple[str, ...]] = {
     "llama.cpp": ("olmo2", "granite", "phi3"),
     "vLLM": ("qwen2", "olmo2"),
-    "CTranslate2": ("llama", "mistral", "qwen2"),
+    "CTranslate2": ("llama",),
 }
 """Tools that have no size of a head of their own, or pass it over, for these families."""
 
@@ -40,20 +40,11 @@ def obstacles(config: PretrainedConfig, source: Shape, target: Shape) -> list[st
     return [sentence for sentence in found if sentence is not None]
 
 
-def assumed_pattern(model_type: str, layers: int) -> list[bool] | None:
-    """Which layers are of the rarer kind where a tool knows the family's period alone; None for families without."""
-    if model_type not in _PERIODS:
-        return None
-    period = _PERIODS[model_type][0]
-    return [(index + 1) % period == 0 for index in range(layers)]
-
-
 def _pattern(config: PretrainedConfig) -> str | None:
-    kind = config.model_type
-    if kind not in _PERIODS:
+    if config.model_type not in _PERIODS:
         return None
-    period, read = _PERIODS[kind]
-    if read(config) == assumed_pattern(kind, config.num_hidden_layers):
+    period, read = _PERIODS[config.model_type]
+    if read(config) == [(index + 1) % period == 0 for index in range(config.num_hidden_layers)]:
         return None
     return (
         f"One in {period} layers of this family is of another kind, and llama.cpp and GGUF files assume that it is "

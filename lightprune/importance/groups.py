@@ -6,7 +6,7 @@ group is its q rows and its columns of o. A hidden dimension is every row and co
 embeddings included, tied ones once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,6 +92,13 @@ def norms_of(groups: Sequence[Coupled], norm: Norm) -> Tensor:
     positive = total > 0  # the slope of the square root at 0 is infinite
     norms: Tensor = torch.where(positive, total, 1).sqrt() * positive
     return norms
+
+
+def of_all_units(anatomy: Anatomy, unit: Unit, measure: Callable[[Anatomy, Unit, int | None], Tensor]) -> Tensor:
+    """What `measure` says of every unit of a structure: [L, n] layer by layer, for "hidden" [d] of the model."""
+    if unit == "hidden":
+        return measure(anatomy, unit, None)
+    return torch.stack([measure(anatomy, unit, layer) for layer in range(anatomy.num_layers)])
 
 
 @torch.no_grad()

@@ -31,11 +31,13 @@ class Selector(PruningCallback, DecidingPart):
 
     Attributes:
         plan: what stays of this selector's structures; None until it is decided.
+        budget: what the model must come out within; None where counts say what stays.
         open: whether the window is open now.
         opened: whether it has been, in this fit, in one before, or in the run of a checkpoint.
     """
 
     step_settings: ClassVar[tuple[str, ...]] = ("start", "stop")
+    budget: Target | None = None
 
     def __init__(self, start: Steps, stop: Steps, hold_weights: bool) -> None:
         vars(self).update(start=start, stop=stop)  # shares until `resolve_steps`
@@ -72,7 +74,7 @@ class Selector(PruningCallback, DecidingPart):
         for other in self.cycle.selectors:
             if other is self:
                 continue
-            if getattr(other, "budget", None) is not None:
+            if isinstance(other, Selector) and other.budget is not None:
                 raise ConfigError(
                     f"{type(self).__name__}.target and {type(other).__name__}.target are set for one cut: the whole "
                     "model is to come out within a target, so set it on one of them, and counts on the other."
@@ -208,7 +210,7 @@ class LayerSelector(Selector):
         super().check_settings()
         name = type(self).__name__
         if self._given is None and self.budget is None:
-            raise ConfigError(f"{name}.drop is None: set how many layers go, or `target`.")
+            raise ConfigError(f"{name}.drop is None: it must be a whole number, or `target` a budget.")
         if self.budget is None:
             check_number(self, "drop", self.drop, whole=True)
         elif self._given is not None:

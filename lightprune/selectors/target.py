@@ -1,14 +1,13 @@
 """How a model must come out, as a selector's setting: a budget, and the largest shape within it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from lightprune.anatomy import Anatomy, Shape, Structure, Unit
 from lightprune.costs import Workload, costs_at_most
-from lightprune.errors import ConfigError, check_number, is_whole
-from lightprune.hub import torch_dtype
+from lightprune.errors import ConfigError, check_number
 from lightprune.selectors.budget import Cost, shape_within, shrinkable, smallest, widened
 from lightprune.surgery import parameters_in_shape
 
@@ -42,14 +41,9 @@ class Target:
     batch_size: int = 1
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
-    def shrinking(self, otherwise: Structure) -> frozenset[Structure]:
-        """What shrinks; who decides about query heads decides about key-value groups too."""
-        chosen = frozenset[Structure](self.structures or (otherwise,))
-        return chosen | {"heads", "kv_groups"} if chosen & {"heads", "kv_groups"} else chosen
-
     def units(self) -> tuple[Unit, ...]:
-        """The structures of width whose units must be scored."""
-        shrinking = self.shrinking("channels")
+        """The structures of width whose units must be scored; key-value groups follow from their heads."""
+        shrinking = {"heads" if name == "kv_groups" else name for name in self.structures or ("channels",)}
         scored: tuple[Unit, ...] = ("heads", "channels", "hidden")
         return tuple(unit for unit in scored if unit in shrinking)
 
@@ -70,10 +64,7 @@ class Target:
             ConfigError: the settings contradict one another, or there is no such shape.
         """
         measure, wanted = self._measure(owner)
-        possible = shrinkable(anatomy)
-        allowed: tuple[Structure, ...] = (
-            ("layers",) if otherwise == "layers" else tuple(s for s in possible if s != "layers")
-        )
+        allowed = [name for name in shrinkable(anatomy) if (name == "layers") == (otherwise == "layers")]
         structures = list(self.structures or (otherwise,))
         wrong = [structure for structure in structures if structure not in allowed]
         if wrong:
@@ -81,7 +72,8 @@ class Target:
                 f"{owner}.target.structures is {structures}: here {anatomy.model_type} can shrink in "
                 f"{', '.join(allowed) or 'nothing'}; choose among these."
             )
-        cost = self._cost(measure, anatomy)
+        served = Workload.of(f"{owner}.target", self.prompt, self.context, self.batch_size, self.dtype)
+        cost = _cost(measure, anatomy, served)
         budget = int(wanted * cost(source)) if wanted < 1 else int(wanted)
         shape = shape_within(anatomy, others, budget, cost, structures, multiple_of)
         if shape is None:
@@ -100,20 +92,14 @@ class Target:
             )
         ((name, value),) = given.items()
         check_number(f"{owner}.target", name, value, above=0)
-        if value >= 1 and not is_whole(value) and float(value) != int(value):
+        if value >= 1 and value != int(value):
             raise ConfigError(f"{owner}.target.{name} is {value}: it must be a whole number, or a share below 1.")
-        for key in ("prompt", "context", "batch_size"):
-            check_number(f"{owner}.target", key, getattr(self, key), whole=True, least=1)
         return name, value
 
-    def _cost(self, measure: str, anatomy: Anatomy) -> Cost:
-        if measure == "parameters":
-            return partial(parameters_in_shape, anatomy)
-        work = Workload(
-            self.prompt, self.context, self.batch_size, None if self.dtype is None else torch_dtype(self.dtype)
-        )
-        read: Callable[[Shape], int] = {
-            "flops": lambda shape: costs_at_most(anatomy, shape, work).prefill,
-            "memory": lambda shape: costs_at_most(anatomy, shape, work).memory,
-        }[measure]
-        return read
+
+def _cost(measure: str, anatomy: Anatomy, served: Workload) -> Cost:
+    if measure == "parameters":
+        return partial(parameters_in_shape, anatomy)
+    if measure == "flops":
+        return lambda shape: costs_at_most(anatomy, shape, served).prefill
+    return lambda shape: costs_at_most(anatomy, shape, served).memory

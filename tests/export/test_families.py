@@ -56,7 +56,7 @@ def test_a_stranger_computes_what_the_masked_model_does(names: tuple[str, ...], 
     for cell, seen in seen_by_a_stranger(paths, batch, tmp_path).items():
         reference, parameters, tied = expected[cell]
         errors = [((seen[way] - reference).abs().max() / reference.abs().max()).item() for way in ("logits", "cached")]
-        if max(errors) > 2e-5:  # float32 rounds differently on other CPUs
+        if max(errors) > (2e-5 if cell.startswith("gemma3-") else 1e-5):  # it rounds more on some CPUs
             wrong[cell] = errors
         assert seen["report"] == [], cell
         assert seen["parameters"] == parameters, cell

@@ -108,7 +108,7 @@ def test_bytes_of_another_dtype() -> None:
 @pytest.mark.parametrize(
     ("selector", "sentence"),
     [
-        (lambda: lp.RandomSelector(), "RandomSelector.drop is None: set how many layers go, or `target`."),
+        (lambda: lp.RandomSelector(), "RandomSelector.drop is None: it must be a whole number, or `target` a budget."),
         (lambda: lp.RandomSelector(drop=1, target=lp.Target(parameters=0.5)), "are both set: leave one of them out"),
         (lambda: lp.RandomSelector(target=lp.Target()), "target sets no budget: set exactly one of parameters, flops"),
         (lambda: lp.RandomSelector(target=lp.Target(parameters=0.5, flops=0.5)), "target sets parameters, flops"),

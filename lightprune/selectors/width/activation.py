@@ -11,7 +11,7 @@ from lightprune.anatomy import Unit
 from lightprune.anatomy.axes import CHANNELS, HEADS, HIDDEN, Axis
 from lightprune.anatomy.base import Site
 from lightprune.errors import check_choice
-from lightprune.importance.groups import unit_ranges
+from lightprune.importance.groups import of_all_units, unit_ranges
 from lightprune.importance.ranking import Metric, activation_scores, add_moments, magnitudes
 from lightprune.integrations.zero_params import gathered
 from lightprune.selectors.width.calibration import CalibratedUnitSelector, accumulator
@@ -79,7 +79,7 @@ class ActivationUnitSelector(CalibratedUnitSelector):
         norms = self._column_norms(unit) if self.weighted is True else None
         scores = activation_scores(sums, self.metric, self._rows(unit), norms)
         if self.weighted == "ranges":
-            scores = scores * self._ranges(unit).to(scores.device)
+            scores = scores * of_all_units(self.pipeline.anatomy, unit, unit_ranges).to(scores.device)
         return scores.mean(0) if unit == "hidden" else scores
 
     @property
@@ -106,13 +106,6 @@ class ActivationUnitSelector(CalibratedUnitSelector):
         """The l2 norms of the columns that read each of the units' rows: [L, m], for hidden dimensions [d]."""
         norms = torch.stack([column_norms(site, _READ[unit]) for site in self._readers(unit)])
         return cast(Tensor, torch.linalg.vector_norm(norms, dim=0)) if unit == "hidden" else norms
-
-    def _ranges(self, unit: Unit) -> Tensor:
-        """How far the weights reach that go with a unit: [L, n], for hidden dimensions [d]."""
-        anatomy = self.pipeline.anatomy
-        if unit == "hidden":
-            return unit_ranges(anatomy, unit, None)
-        return torch.stack([unit_ranges(anatomy, unit, layer) for layer in range(anatomy.shape.layers)])
 
 
 def column_norms(site: Site, axis: Axis) -> Tensor:

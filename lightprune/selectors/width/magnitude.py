@@ -1,6 +1,7 @@
 """Magnitude: units by the norms of their weights alone."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lightprune.anatomy import Unit
 from lightprune.errors import check_choice
-from lightprune.importance.groups import Norm, unit_norms
+from lightprune.importance.groups import Norm, of_all_units, unit_norms
 from lightprune.pipeline.steps import Steps
 from lightprune.selectors.width.units import UnitSelector
 
@@ -40,13 +41,8 @@ class MagnitudeUnitSelector(UnitSelector):
         units: set[Unit] = {*self.units}
         if "heads" in units:
             units.add("kv_groups")
-
-        def norms(unit: Unit) -> Tensor:
-            if unit == "hidden":
-                return unit_norms(anatomy, unit, None, self.norm)
-            return torch.stack([unit_norms(anatomy, unit, layer, self.norm) for layer in range(anatomy.num_layers)])
-
-        return {unit: norms(unit) for unit in sorted(units)}
+        norms = partial(unit_norms, norm=self.norm)
+        return {unit: of_all_units(anatomy, unit, norms) for unit in sorted(units)}
 
     @property
     def settings(self) -> dict[str, Any]:
